@@ -1,0 +1,369 @@
+"""What a model is: frozen dataclasses, valid by construction, no torch.
+
+One `ModelConfig` describes every decoder this toolkit knows, dense or Mixture-of-Experts. A family
+(`model/families.py`) is only a translation between a `config.json` and this. Help text sits on the
+field, each default in exactly one place; nothing here is ever mutated (`dataclasses.replace`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+from moiety.errors import ConfigError
+
+__all__ = [
+    "Architecture",
+    "AttentionConfig",
+    "EncoderDecoderConfig",
+    "MLAConfig",
+    "MoEConfig",
+    "ModelConfig",
+    "from_dict",
+    "option",
+    "to_dict",
+]
+
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
+ConfigType = TypeVar("ConfigType")
+
+
+def option(default: Any = dataclasses.MISSING, *, help: str) -> Any:
+    """A dataclass field with its help text; the command line reads the same text.
+
+    Args:
+        default: Value when none is given; a field without one must be given.
+        help: One line, with the unit.
+    """
+    return field(default=default, metadata={"help": help})
+
+
+def _require(condition: bool, message: str, hint: str | None = None) -> None:
+    if not condition:
+        raise ConfigError(message, hint=hint)
+
+
+def _check_types(config: Any) -> None:
+    """Refuse a value whose type is not the field's, before any arithmetic on it can go wrong."""
+    hints = typing.get_type_hints(type(config))
+    for item in dataclasses.fields(config):
+        value, wanted = getattr(config, item.name), hints[item.name]
+        if not _fits(value, wanted):
+            shown = getattr(wanted, "__name__", str(wanted))
+            _require(
+                False,
+                f"{type(config).__name__}.{item.name} is {value!r}, which is not {shown}",
+                item.metadata.get("help"),
+            )
+
+
+def _fits(value: Any, wanted: Any) -> bool:
+    origin = typing.get_origin(wanted)
+    if origin is Literal:
+        return value in typing.get_args(wanted)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, part) for part in typing.get_args(wanted))
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_fits(v, typing.get_args(wanted)[0]) for v in value)
+    if wanted is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if wanted is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, wanted)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MLAConfig:
+    """Multi-head latent attention: queries and keys/values through low-rank bottlenecks (arXiv 2405.04434)."""
+
+    q_rank: int = option(0, help="rank of the query bottleneck; 0 means none")
+    kv_rank: int = option(help="rank of the shared key/value bottleneck, which is what the cache holds")
+    nope_dim: int = option(help="part of each query/key head without rotary position")
+    rope_dim: int = option(help="part of each query/key head with rotary position, shared by all heads")
+    value_dim: int = option(help="width of each value head")
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        for name in ("kv_rank", "nope_dim", "rope_dim", "value_dim"):
+            _require(
+                getattr(self, name) > 0, f"MLAConfig.{name} is {getattr(self, name)}; it must be positive"
+            )
+        _require(
+            self.q_rank >= 0, f"MLAConfig.q_rank is {self.q_rank}; it must be 0 (no bottleneck) or positive"
+        )
+        _require(
+            self.rope_dim % 2 == 0, f"MLAConfig.rope_dim is {self.rope_dim}; rotary pairs need an even number"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionConfig:
+    """Grouped-query attention (arXiv 2305.13245), or latent attention when `mla` is given."""
+
+    heads: int = option(help="query heads")
+    kv_heads: int = option(help="key/value heads; queries share them in equal groups")
+    head_dim: int = option(help="width of one head")
+    qkv_bias: bool = option(False, help="add a bias to the query, key and value projections")
+    out_bias: bool = option(False, help="add a bias to the output projection")
+    qk_norm: Literal["none", "head", "full"] = option(
+        "none", help="RMSNorm on queries and keys before rotation: none, per head, or over the full width"
+    )
+    sinks: bool = option(False, help="one learnt extra logit per head in the softmax (gpt-oss)")
+    window: int | None = option(None, help="sliding window in tokens; none means full attention")
+    window_layers: tuple[int, ...] | None = option(
+        None, help="layers that use the window; none means all of them when a window is set"
+    )
+    rope_theta: float = option(10_000.0, help="base of the rotary frequencies (arXiv 2104.09864)")
+    rope_fraction: float = option(1.0, help="leading part of each head that is rotated")
+    mla: MLAConfig | None = option(None, help="latent attention sizes; none means grouped-query attention")
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        for name in ("heads", "kv_heads", "head_dim"):
+            _require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be positive")
+        _require(
+            self.heads % self.kv_heads == 0,
+            f"heads is {self.heads}, which is not a multiple of kv_heads {self.kv_heads}",
+            "every key/value head serves the same number of query heads",
+        )
+        _require(
+            self.mla is not None or self.rotary_dim % 2 == 0,
+            f"head_dim {self.head_dim} x rope_fraction {self.rope_fraction} rotates {self.rotary_dim} dimensions",
+            "rotary position turns pairs: make it even",
+        )
+        _require(0 <= self.rope_fraction <= 1, f"rope_fraction is {self.rope_fraction}; allowed is 0 to 1")
+        _require(self.rope_theta > 0, f"rope_theta is {self.rope_theta}; it must be positive")
+        _require(
+            self.window is None or self.window > 0, f"window is {self.window}; it must be positive or none"
+        )
+        _require(
+            self.window is not None or self.window_layers is None,
+            f"window_layers is {self.window_layers}, but there is no window",
+            "set window, in tokens",
+        )
+        plain = not (self.qkv_bias or self.out_bias or self.sinks) and self.qk_norm == "none"
+        _require(
+            self.mla is None or plain,
+            "latent attention has no qkv_bias, out_bias, qk_norm or sinks: its bottlenecks carry their own norms",
+            "leave these at their defaults, or leave mla out",
+        )
+
+    @property
+    def rotary_dim(self) -> int:
+        """Leading dimensions of each head that are rotated."""
+        return int(self.head_dim * self.rope_fraction)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoEConfig:
+    """One Mixture-of-Experts feed-forward: how many experts, who chooses, what keeps them busy."""
+
+    experts: int = option(help="routed experts in each layer (E)")
+    experts_per_token: int = option(help="experts that each token is sent to (K)")
+    d_ff: int = option(help="inner width of one expert (F)")
+    router: Literal["softmax", "switch", "sigmoid"] = option(
+        "softmax", help="score function and choice: softmax top-k, Switch top-1, sigmoid with selection bias"
+    )
+    softmax_after: bool = option(
+        False, help="softmax over the chosen logits only, instead of over all experts"
+    )
+    renormalize: bool = option(True, help="divide the chosen weights by their sum")
+    scale: float = option(1.0, help="factor on the combine weights after normalisation")
+    selection_bias: bool = option(
+        False, help="add a learnt-by-balance bias when choosing, never when weighting"
+    )
+    groups: int = option(1, help="groups the experts are divided into for group-limited choice")
+    groups_kept: int = option(1, help="groups a token may choose from")
+    group_score: Literal["top2", "max"] = option(
+        "top2",
+        help="a group's score: sum of its two best experts (DeepSeek-V3), or its best one (DeepSeek-V2)",
+    )
+    router_bias: bool = option(False, help="add a trained bias to the router logits (gpt-oss)")
+    shared_d_ff: int = option(0, help="inner width of the always-active shared expert; 0 means none")
+    shared_gate: bool = option(False, help="multiply the shared expert's output by a sigmoid gate (Qwen2)")
+    activation: Activation = option("silu", help="activation of the experts")
+    gated: bool = option(True, help="gate x up (SwiGLU, GeGLU) instead of a single up projection")
+    bias: bool = option(False, help="add biases to the expert projections")
+    balance_loss: float = option(0.01, help="coefficient of the load-balancing loss, whose floor is 1")
+    z_loss: float = option(0.001, help="coefficient of the router z-loss (arXiv 2202.08906)")
+    bias_rate: float = option(0.001, help="step of the selection-bias update (arXiv 2408.15664)")
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        for name in ("experts", "experts_per_token", "d_ff", "groups", "groups_kept"):
+            _require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be positive")
+        _require(
+            self.experts_per_token <= self.experts,
+            f"experts_per_token is {self.experts_per_token}, more than the {self.experts} experts there are",
+            f"choose 1 to {self.experts}",
+        )
+        _require(
+            self.router != "switch" or self.experts_per_token == 1,
+            f"router 'switch' chooses one expert, but experts_per_token is {self.experts_per_token}",
+            "use router 'softmax' for more than one",
+        )
+        for name in ("balance_loss", "z_loss", "bias_rate", "shared_d_ff"):
+            _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must not be negative")
+        _require(
+            not self.shared_gate or self.shared_d_ff > 0,
+            "shared_gate is set but shared_d_ff is 0: there is no shared expert to gate",
+        )
+        _require(
+            not self.softmax_after or self.router == "softmax",
+            f"softmax_after is set, but router {self.router!r} takes no softmax over the chosen logits",
+            "use router 'softmax'",
+        )
+        _require(self.scale > 0, f"scale is {self.scale}; it must be positive")
+        self._check_groups()
+
+    def _check_groups(self) -> None:
+        _require(
+            self.experts % self.groups == 0,
+            f"groups is {self.groups}, which does not divide the {self.experts} experts evenly",
+        )
+        _require(
+            self.groups_kept <= self.groups,
+            f"groups_kept is {self.groups_kept}, more than the {self.groups} groups there are",
+        )
+        reachable = self.groups_kept * (self.experts // self.groups)
+        _require(
+            self.experts_per_token <= reachable,
+            f"experts_per_token is {self.experts_per_token}, but {self.groups_kept} groups hold {reachable} experts",
+            "keep more groups or choose fewer experts",
+        )
+        _require(
+            self.groups == 1 or self.router != "switch",
+            f"groups is {self.groups}, but router 'switch' has no group-limited choice",
+            "use router 'sigmoid' or 'softmax', or groups 1",
+        )
+        _require(
+            self.groups == 1 or self.group_score == "max" or self.experts >= 2 * self.groups,
+            f"group_score 'top2' needs two experts in a group; {self.experts} in {self.groups} groups are fewer",
+            "use group_score 'max' or fewer groups",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A decoder-only transformer, dense or Mixture-of-Experts."""
+
+    vocab_size: int = option(help="entries in the vocabulary (V)")
+    d_model: int = option(help="width of the residual stream (D)")
+    layers: int = option(help="decoder blocks (L)")
+    attention: AttentionConfig = option(help="attention of every block")
+    d_ff: int = option(help="inner width of the dense feed-forward; unused when every layer is MoE")
+    moe: MoEConfig | None = option(None, help="the MoE feed-forward; none means a dense model")
+    dense_layers: tuple[int, ...] = option((), help="layers that keep a dense feed-forward in an MoE model")
+    activation: Activation = option("silu", help="activation of the dense feed-forward")
+    gated: bool = option(True, help="gate x up in the dense feed-forward")
+    norm: Literal["rms", "layer"] = option("rms", help="RMSNorm, or LayerNorm (phi, dbrx)")
+    norm_place: Literal["pre", "post", "both"] = option(
+        "pre", help="norm of each sublayer's input, of its output before the residual sum, or of both (Grok)"
+    )
+    norm_bias: bool = option(False, help="add a bias to the LayerNorms")
+    norm_eps: float = option(1e-5, help="epsilon inside the norms")
+    tied: bool = option(False, help="use the token embedding as output head")
+    head_bias: bool = option(False, help="add a bias to the output head")
+    max_positions: int = option(2048, help="longest sequence the model is meant for, in tokens")
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        for name in ("vocab_size", "d_model", "layers", "d_ff", "max_positions"):
+            _require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be positive")
+        _require(self.norm_eps > 0, f"norm_eps is {self.norm_eps}; it must be positive")
+        for name, named in (
+            ("dense_layers", self.dense_layers),
+            ("window_layers", self.attention.window_layers or ()),
+        ):
+            bad = [layer for layer in named if not 0 <= layer < self.layers]
+            _require(not bad, f"{name} names layers {bad}; the model has layers 0 to {self.layers - 1}")
+            _require(len(set(named)) == len(named), f"{name} names a layer twice: {named}")
+        _require(
+            self.moe is not None or not self.dense_layers,
+            f"dense_layers is {self.dense_layers}, but there is no moe: every layer is dense already",
+            "leave dense_layers empty",
+        )
+        _require(
+            not (self.norm_bias and self.norm == "rms"), "norm_bias needs norm='layer'; RMSNorm has no bias"
+        )
+
+    def is_moe(self, layer: int) -> bool:
+        """True if block `layer` has a Mixture-of-Experts feed-forward."""
+        return self.moe is not None and layer not in self.dense_layers
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """Indices of the blocks with a Mixture-of-Experts feed-forward."""
+        return tuple(layer for layer in range(self.layers) if self.is_moe(layer))
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderDecoderConfig:
+    """An encoder-decoder with experts, in the layout of T5: known for counting, not for running (arXiv 2101.03961)."""
+
+    vocab_size: int = option(help="entries in the vocabulary (V)")
+    d_model: int = option(help="width of the residual stream (D)")
+    layers: int = option(help="blocks of the encoder, and as many of the decoder")
+    heads: int = option(help="heads of each attention")
+    head_dim: int = option(help="width of one head")
+    moe: MoEConfig = option(help="the MoE feed-forward; dense layers have its width and activation")
+    moe_every: int = option(2, help="every how many blocks one is MoE; 1 means all")
+    tied: bool = option(True, help="use the token embedding as output head")
+    position_buckets: int = option(32, help="buckets of the relative position bias, one table in each stack")
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        for name in ("vocab_size", "d_model", "layers", "heads", "head_dim", "moe_every", "position_buckets"):
+            _require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be positive")
+
+
+Architecture = ModelConfig | EncoderDecoderConfig
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config as plain JSON values; `from_dict` reads it back equal."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(kind: type[ConfigType], values: Mapping[str, Any]) -> ConfigType:
+    """Build a config of `kind` from JSON values.
+
+    Raises:
+        ConfigError: an unknown key (with the nearest known one), a missing key, or a bad value.
+    """
+    _require(
+        isinstance(values, Mapping), f"{kind.__name__} must be an object with named values, not {values!r}"
+    )
+    hints = typing.get_type_hints(kind)
+    known = {item.name: item for item in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    for key in values:
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
+            raise ConfigError(
+                f"{kind.__name__} has no option {key!r}",
+                hint=f"did you mean {close[0]!r}?" if close else f"it has {', '.join(known)}",
+            )
+    missing = [
+        name for name, item in known.items() if item.default is dataclasses.MISSING and name not in values
+    ]
+    if missing:
+        raise ConfigError(
+            f"{kind.__name__} needs {', '.join(missing)}", hint=known[missing[0]].metadata.get("help")
+        )
+    return kind(**{key: _revive(value, hints[key]) for key, value in values.items()})
+
+
+def _revive(value: Any, wanted: Any) -> Any:
+    """JSON has no tuples and no dataclasses: turn lists and objects back into what the field holds."""
+    for part in (wanted, *typing.get_args(wanted)):
+        if isinstance(value, Mapping) and dataclasses.is_dataclass(part):
+            return from_dict(typing.cast(type, part), value)
+        if isinstance(value, list) and typing.get_origin(part) is tuple:
+            return tuple(value)
+    return value

@@ -1,0 +1,348 @@
+"""What a model costs, from its sizes alone: parameters, FLOPs, weight bytes, cache bytes. No torch.
+
+Three conventions of "active parameters" are in use, and published figures mix them, so all three are
+returned, exact:
+- `active`: everything one token touches, with the embedding and the head (Mixtral, Qwen, OLMoE);
+- `active_without_input_embedding`: less V x D for the input look-up (gpt-oss, DeepSeek-V3);
+- `active_without_embeddings`: less the embedding and the head (MiniMax).
+A tied model has one matrix for both, and the last two conventions drop it alike. Its multiplication as the
+head still happens: `flops_per_token` counts it, so for a tied model use that and not 2 x a convention.
+
+Components, which sum to the total:
+- `embedding` V x D; `head` V x D unless tied, and the head's bias;
+- `attention`: projections, their biases, query/key and latent norms, sinks; `norms`: all others;
+- `dense_feed_forward`: the layers without experts; `routed_experts`; `shared_experts`;
+- `routers`: the D x E matrix, the trained bias, the selection bias (transformers keeps it in a buffer in
+  some models and in a parameter in others; it is counted always, once per expert and layer) and the
+  gate of the shared expert;
+- `relative_position`: the position biases of an encoder-decoder, otherwise 0.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from moiety.config import Architecture, EncoderDecoderConfig, ModelConfig, MoEConfig
+from moiety.errors import ConfigError
+
+__all__ = [
+    "Flops",
+    "Parameters",
+    "dense_twin",
+    "dense_twin_difference",
+    "distinct_experts",
+    "flops_per_token",
+    "kv_bytes",
+    "kv_bytes_per_token",
+    "parameters",
+    "router_flops",
+    "tokens_per_expert",
+    "training_flops_per_token",
+    "weight_bytes",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parameters:
+    """Exact parameter counts; see the module text for the conventions and the components."""
+
+    total: int
+    active: int
+    active_without_input_embedding: int
+    active_without_embeddings: int
+    components: Mapping[str, int]
+    active_components: Mapping[str, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flops:
+    """Floating-point operations for one token; a multiply-add is two. `components` sum to `total`."""
+
+    total: int
+    components: Mapping[str, int]
+
+
+def parameters(config: Architecture) -> Parameters:
+    """Count parameters, total and active for one token, by component.
+
+    active = total - (E - K) x expert in every MoE layer: only unchosen experts are left out.
+    """
+    if isinstance(config, EncoderDecoderConfig):
+        components = _encoder_decoder_components(config)
+    else:
+        components = _decoder_components(config)
+    active_components = dict(components)
+    if config.moe is not None:
+        used = components["routed_experts"] * config.moe.experts_per_token
+        active_components["routed_experts"] = used // config.moe.experts
+    active = sum(active_components.values())
+    return Parameters(
+        total=sum(components.values()),
+        active=active,
+        active_without_input_embedding=active - components["embedding"],
+        active_without_embeddings=active - components["embedding"] - components["head"],
+        components=components,
+        active_components=active_components,
+    )
+
+
+def flops_per_token(config: ModelConfig, context: int = 0, *, absorbed: bool = True) -> Flops:
+    """Forward FLOPs of one token: 2 x every matrix it meets, and the attention over `context` tokens.
+
+    Norms, biases, activations and the embedding look-up are left out (below 0.1 % in the models of
+    `registry`). Scores and weighted values cost 4 x heads x head_dim x context in each layer, where a
+    sliding window bounds the context.
+
+    Args:
+        context: Tokens attended to. The mean over a causal sequence of S tokens is (S + 1) / 2.
+        absorbed: Latent attention works on the compressed cache, heads x (2 x kv_rank + rope_dim) each
+            (arXiv 2405.04434), as decoding does; if false keys and values are expanded, as in training.
+
+    Raises:
+        ConfigError: `context` is negative.
+    """
+    _require_at_least("context", context, 0)
+    d_model, attention, moe = config.d_model, config.attention, config.moe
+    if attention.mla is None:
+        per_position = 4 * attention.heads * attention.head_dim
+    elif absorbed:
+        per_position = 2 * attention.heads * (2 * attention.mla.kv_rank + attention.mla.rope_dim)
+    else:
+        mla = attention.mla
+        per_position = 2 * attention.heads * (mla.nope_dim + mla.rope_dim + mla.value_dim)
+    components = {
+        "head": 2 * config.vocab_size * d_model,
+        "attention": 2 * config.layers * _attention_matrices(config),
+        "attention_scores": per_position * sum(_attended(config, context)),
+        "dense_feed_forward": 2 * _dense_feed_forward(config),
+        "routed_experts": 0,
+        "shared_experts": 0,
+        "routers": router_flops(config),
+    }
+    if moe is not None:
+        matrices, moe_layers = _matrices(moe.gated), len(config.moe_layers)
+        components["routed_experts"] = 2 * moe_layers * moe.experts_per_token * matrices * d_model * moe.d_ff
+        components["shared_experts"] = 2 * moe_layers * matrices * d_model * moe.shared_d_ff
+    return Flops(total=sum(components.values()), components=components)
+
+
+def training_flops_per_token(config: ModelConfig, context: int = 0) -> Flops:
+    """Forward and backward FLOPs of one token: three times the forward, without recomputation.
+
+    The backward pass multiplies twice for each forward multiplication: for the input's gradient and for
+    the weight's (arXiv 2001.08361).
+    """
+    forward = flops_per_token(config, context, absorbed=False)
+    return Flops(
+        total=3 * forward.total, components={name: 3 * count for name, count in forward.components.items()}
+    )
+
+
+def router_flops(config: ModelConfig) -> int:
+    """Forward FLOPs of all routers for one token: 2 x D x E in each MoE layer, and the shared gate's 2 x D."""
+    if config.moe is None:
+        return 0
+    columns = config.moe.experts + int(config.moe.shared_gate)
+    return 2 * len(config.moe_layers) * config.d_model * columns
+
+
+def weight_bytes(config: Architecture, bits: float) -> int:
+    """Bytes of all weights at `bits` each, rounded up: total x bits / 8.
+
+    Scales of a quantized format are part of `bits` (4-bit values with a 16-bit scale for each 32: 4.5).
+
+    Raises:
+        ConfigError: `bits` is not a positive finite number.
+    """
+    if not (0 < bits < math.inf):
+        raise ConfigError(
+            f"bits is {bits}; it must be a positive number", hint="16 for bfloat16, 8 or 4 when quantized"
+        )
+    return math.ceil(parameters(config).total * bits / 8)
+
+
+def kv_bytes_per_token(config: ModelConfig, bytes_per_value: float = 2) -> int:
+    """Cache bytes that one more token adds, while no sliding window is full.
+
+    Each layer holds 2 x kv_heads x head_dim values, or kv_rank + rope_dim with latent attention.
+    """
+    return math.ceil(config.layers * _cached_values(config) * bytes_per_value)
+
+
+def kv_bytes(config: ModelConfig, context: int, bytes_per_value: float = 2) -> int:
+    """Cache bytes of one sequence of `context` tokens; layers with a window hold at most the window.
+
+    Raises:
+        ConfigError: `context` is negative.
+    """
+    _require_at_least("context", context, 0)
+    return math.ceil(sum(_attended(config, context)) * _cached_values(config) * bytes_per_value)
+
+
+def distinct_experts(config: Architecture, batch: int) -> float:
+    """Expected number of different experts that `batch` tokens choose in one layer: E (1 - (1 - K/E)^B).
+
+    Holds for uniform, independent routing. It is what a decoding step reads from memory, so the saving of
+    bandwidth by sparsity is a small-batch effect.
+
+    Raises:
+        ConfigError: the model is dense, or `batch` is negative.
+    """
+    _require_at_least("batch", batch, 0)
+    moe = _require_moe(config)
+    return moe.experts * (1.0 - (1.0 - moe.experts_per_token / moe.experts) ** batch)
+
+
+def tokens_per_expert(config: Architecture, tokens: int) -> float:
+    """Mean number of tokens that one expert gets from `tokens`: tokens x K / E.
+
+    Raises:
+        ConfigError: the model is dense, or `tokens` is negative.
+    """
+    _require_at_least("tokens", tokens, 0)
+    moe = _require_moe(config)
+    return tokens * moe.experts_per_token / moe.experts
+
+
+def dense_twin(config: ModelConfig) -> ModelConfig:
+    """The dense model with the active parameters of `config`: the fair opponent at equal compute.
+
+    d_ff = K x F + the shared width, with the experts' gating and activation. A dense model has one width,
+    so if `config` keeps dense layers, it is the mean over layers, rounded to the nearest. A dense config is
+    its own twin. What cannot be matched is in `dense_twin_difference`.
+    """
+    moe = config.moe
+    if moe is None:
+        return config
+    width = _matrices(moe.gated) * (moe.experts_per_token * moe.d_ff + moe.shared_d_ff)
+    dense_width = _matrices(config.gated) * config.d_ff
+    total = len(config.moe_layers) * width + (config.layers - len(config.moe_layers)) * dense_width
+    share = config.layers * _matrices(moe.gated)
+    return dataclasses.replace(
+        config,
+        d_ff=max(1, (2 * total + share) // (2 * share)),
+        moe=None,
+        dense_layers=(),
+        activation=moe.activation,
+        gated=moe.gated,
+    )
+
+
+def dense_twin_difference(config: ModelConfig) -> int:
+    """Active parameters of `config` less those of its dense twin: routers, expert biases and rounding."""
+    return parameters(config).active - parameters(dense_twin(config)).active
+
+
+def _require_at_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise ConfigError(f"{name} is {value}; it must be at least {least}")
+
+
+def _require_moe(config: Architecture) -> MoEConfig:
+    if config.moe is None:
+        raise ConfigError("this model is dense: it has no experts", hint="ask for a model with moe set")
+    return config.moe
+
+
+def _matrices(gated: bool) -> int:
+    """Weight matrices of one feed-forward: gate, up and down, or up and down."""
+    return 3 if gated else 2
+
+
+def _attended(config: ModelConfig, context: int) -> list[int]:
+    """Tokens of the context that each layer attends to and keeps."""
+    window, windowed = config.attention.window, config.attention.window_layers
+    return [
+        min(context, window) if window is not None and (windowed is None or layer in windowed) else context
+        for layer in range(config.layers)
+    ]
+
+
+def _cached_values(config: ModelConfig) -> int:
+    """Values that one layer keeps for one token."""
+    attention = config.attention
+    if attention.mla is not None:
+        return attention.mla.kv_rank + attention.mla.rope_dim
+    return 2 * attention.kv_heads * attention.head_dim
+
+
+def _attention_matrices(config: ModelConfig) -> int:
+    """Weights of one layer's attention projections, without vectors."""
+    d_model, heads = config.d_model, config.attention.heads
+    mla = config.attention.mla
+    if mla is None:
+        return 2 * d_model * (heads + config.attention.kv_heads) * config.attention.head_dim
+    query_width = heads * (mla.nope_dim + mla.rope_dim)
+    query = (d_model + query_width) * mla.q_rank if mla.q_rank else d_model * query_width
+    key_value = d_model * (mla.kv_rank + mla.rope_dim) + mla.kv_rank * heads * (mla.nope_dim + mla.value_dim)
+    return query + key_value + heads * mla.value_dim * d_model
+
+
+def _attention_vectors(config: ModelConfig) -> int:
+    """Biases, norms and sinks of one layer's attention."""
+    attention = config.attention
+    if attention.mla is not None:
+        return attention.mla.q_rank + attention.mla.kv_rank
+    query_width, key_width = attention.heads * attention.head_dim, attention.kv_heads * attention.head_dim
+    norms = {"none": 0, "head": 2 * attention.head_dim, "full": query_width + key_width}
+    return (
+        norms[attention.qk_norm]
+        + attention.qkv_bias * (query_width + 2 * key_width)
+        + attention.out_bias * config.d_model
+        + attention.sinks * attention.heads
+    )
+
+
+def _dense_feed_forward(config: ModelConfig) -> int:
+    return (config.layers - len(config.moe_layers)) * _matrices(config.gated) * config.d_model * config.d_ff
+
+
+def _moe_components(moe: MoEConfig, d_model: int, moe_layers: int) -> dict[str, int]:
+    matrices = _matrices(moe.gated)
+    biases = (matrices - 1) * moe.d_ff + d_model if moe.bias else 0
+    columns = moe.experts + int(moe.shared_gate)
+    vectors = moe.experts * (int(moe.router_bias) + int(moe.selection_bias))
+    return {
+        "routed_experts": moe_layers * moe.experts * (matrices * d_model * moe.d_ff + biases),
+        "shared_experts": moe_layers * matrices * d_model * moe.shared_d_ff,
+        "routers": moe_layers * (d_model * columns + vectors),
+    }
+
+
+def _decoder_components(config: ModelConfig) -> dict[str, int]:
+    matrix = config.vocab_size * config.d_model
+    norms_per_layer = 4 if config.norm_place == "both" else 2
+    norm = config.d_model * (2 if config.norm_bias else 1)
+    components = {
+        "embedding": matrix,
+        "head": (0 if config.tied else matrix) + (config.vocab_size if config.head_bias else 0),
+        "attention": config.layers * (_attention_matrices(config) + _attention_vectors(config)),
+        "norms": (norms_per_layer * config.layers + 1) * norm,
+        "dense_feed_forward": _dense_feed_forward(config),
+        "routed_experts": 0,
+        "shared_experts": 0,
+        "routers": 0,
+        "relative_position": 0,
+    }
+    if config.moe is not None:
+        components |= _moe_components(config.moe, config.d_model, len(config.moe_layers))
+    return components
+
+
+def _encoder_decoder_components(config: EncoderDecoderConfig) -> dict[str, int]:
+    """The layout of T5 (arXiv 1910.10683): the decoder has a second, cross attention, each stack a final norm."""
+    matrix = config.vocab_size * config.d_model
+    moe_layers = 2 * (config.layers // config.moe_every)
+    dense_layers = 2 * config.layers - moe_layers
+    return {
+        "embedding": matrix,
+        "head": 0 if config.tied else matrix,
+        "attention": 3 * config.layers * 4 * config.d_model * config.heads * config.head_dim,
+        "norms": (5 * config.layers + 2) * config.d_model,
+        "dense_feed_forward": dense_layers * _matrices(config.moe.gated) * config.d_model * config.moe.d_ff,
+        **_moe_components(config.moe, config.d_model, moe_layers),
+        "relative_position": 2 * config.position_buckets * config.heads,
+    }

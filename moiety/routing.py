@@ -1,0 +1,238 @@
+"""Routing: which token goes to which expert, with what weight. The noun of this package.
+
+A router's decision is a sparse tokens x experts matrix. `Routing` holds its N chosen (token, expert)
+pairs sorted by expert, and within an expert by token, so that the rows of one expert are one slice.
+Token-choice top-k makes N = T*K pairs, expert choice E*C; dropping is fewer pairs, expert parallelism
+and replicas are other expert numbers. Nothing below cares which: zero tokens and experts without a
+token are ordinary cases.
+
+Axes, here and everywhere: T tokens, E experts, K chosen per token, N pairs, D model width, F expert
+width, H heads, L layers, B sequences, S positions, V vocabulary. `x_TD` has axes T and D.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+__all__ = ["Routing", "top_k"]
+
+
+def top_k(score_TE: Tensor, k: int) -> Tensor:
+    """The `k` best experts of every token, in ascending expert order; of equal scores the lower expert wins.
+
+    torch.topk leaves ties open, so a tie at the edge of the choice is settled by a stable sort.
+
+    Args:
+        score_TE: Scores to compare, (T, E).
+        k: Experts per token, 1 to E.
+
+    Returns:
+        expert_TK, int64 (T, K).
+    """
+    experts = score_TE.shape[-1]
+    assert 1 <= k <= experts, (k, experts)
+    if k == experts:
+        return torch.arange(experts, device=score_TE.device).expand(score_TE.shape[0], experts)
+    if score_TE.device.type == "cpu":
+        best_TK, expert_TK = score_TE.topk(k + 1, dim=-1)
+        tied_T = best_TK[:, k - 1] == best_TK[:, k]
+        expert_TK = expert_TK[:, :k]
+        if bool(tied_T.any()):
+            settled_TE = score_TE[tied_T].sort(dim=-1, descending=True, stable=True).indices
+            expert_TK = expert_TK.masked_scatter(tied_T[:, None], settled_TE[:, :k])
+    else:  # asking whether there are ties would wait for the device
+        expert_TK = score_TE.sort(dim=-1, descending=True, stable=True).indices[:, :k]
+    return expert_TK.sort(dim=-1).values
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Routing:
+    """N (token, expert) pairs sorted by expert, then by token.
+
+    Args:
+        token_N: Row of x of each pair, int64 (N,).
+        weight_N: Combine weight of each pair, floating (N,); gradients flow through it to the router.
+        counts_E: Pairs of each expert, int64 (E,); the pairs of expert e are one slice.
+        tokens: Number of tokens T, those without any pair included.
+        logits_TE: The router's raw outputs (T, E) while training or inspecting, else None.
+        score_TE: What the router compared and weighted by (T, E): softmax or sigmoid of the logits.
+        valid_T: False for padding, which is never routed; None when every token is real.
+        dropped: Pairs that a capacity policy took away.
+    """
+
+    token_N: Tensor
+    weight_N: Tensor
+    counts_E: Tensor
+    tokens: int
+    logits_TE: Tensor | None = None
+    score_TE: Tensor | None = None
+    valid_T: Tensor | None = None
+    dropped: int = 0
+
+    @classmethod
+    def from_pairs(cls, token_N: Tensor, expert_N: Tensor, weight_N: Tensor, *, tokens: int, experts: int) -> Routing:
+        """Sort any pairs into a `Routing`. Each (token, expert) pair may appear once."""
+        assert token_N.shape == expert_N.shape == weight_N.shape, (token_N.shape, expert_N.shape, weight_N.shape)
+        order_N = (expert_N * tokens + token_N).argsort()
+        counts_E = torch.bincount(expert_N, minlength=experts)
+        assert len(counts_E) == experts, (len(counts_E), experts)
+        return cls(token_N=token_N[order_N], weight_N=weight_N[order_N], counts_E=counts_E, tokens=tokens)
+
+    @classmethod
+    def from_choices(
+        cls, expert_TK: Tensor, weight_TK: Tensor | None = None, *, experts: int, valid_T: Tensor | None = None
+    ) -> Routing:
+        """Token choice: each token names K different experts.
+
+        Args:
+            expert_TK: Chosen experts, int64 (T, K).
+            weight_TK: Their combine weights (T, K); None weighs all the same, 1.
+            experts: Number of experts E.
+            valid_T: Bool (T,); tokens marked False are padding and get no pairs.
+        """
+        tokens, k = expert_TK.shape
+        expert_N = expert_TK.reshape(-1)
+        if valid_T is not None:  # padding goes to an expert past the last one, which is then cut off
+            expert_N = torch.where(valid_T.repeat_interleave(k), expert_N, experts)
+        expert_N, order_N = expert_N.sort(stable=True)
+        counts_E = torch.bincount(expert_N, minlength=experts + 1)[:experts]
+        if valid_T is not None:
+            order_N = order_N[: int(counts_E.sum())]
+        if weight_TK is None:
+            weight_N = torch.ones(len(order_N), dtype=torch.float32, device=expert_TK.device)
+        else:
+            weight_N = weight_TK.reshape(-1).index_select(0, order_N)
+        token_N = order_N.div(k, rounding_mode="floor")
+        return cls(token_N=token_N, weight_N=weight_N, counts_E=counts_E, tokens=tokens, valid_T=valid_T)
+
+    @classmethod
+    def from_lists(cls, token_E: Sequence[Tensor], weight_E: Sequence[Tensor], *, tokens: int) -> Routing:
+        """Expert choice: each expert names its tokens.
+
+        Args:
+            token_E: For each expert the tokens it takes, int64 (C_e,).
+            weight_E: Their combine weights, (C_e,).
+            tokens: Number of tokens T.
+        """
+        assert len(token_E) == len(weight_E), (len(token_E), len(weight_E))
+        counts_E = torch.tensor([len(token_C) for token_C in token_E], device=token_E[0].device)
+        expert_N = torch.arange(len(token_E), device=counts_E.device).repeat_interleave(counts_E)
+        return cls.from_pairs(
+            torch.cat(list(token_E)), expert_N, torch.cat(list(weight_E)), tokens=tokens, experts=len(token_E)
+        )
+
+    @property
+    def experts(self) -> int:
+        """Number of experts E."""
+        return len(self.counts_E)
+
+    @property
+    def pairs(self) -> int:
+        """Number of pairs N."""
+        return len(self.token_N)
+
+    @cached_property
+    def expert_N(self) -> Tensor:
+        """Expert of each pair, int64 (N,), ascending."""
+        return torch.arange(self.experts, device=self.counts_E.device).repeat_interleave(
+            self.counts_E, output_size=self.pairs
+        )
+
+    @cached_property
+    def ends_E(self) -> Tensor:
+        """Where the slice of each expert ends, int64 (E,)."""
+        return self.counts_E.cumsum(0)
+
+    @cached_property
+    def slices(self) -> list[tuple[int, int, int]]:
+        """(expert, start, stop) of every expert that has a pair; waits for the device once."""
+        ends = self.ends_E.tolist()
+        starts = [0, *ends[:-1]]
+        return [(e, start, stop) for e, (start, stop) in enumerate(zip(starts, ends, strict=True)) if stop > start]
+
+    @cached_property
+    def pairs_of_token_N(self) -> Tensor:
+        """Pair numbers in token order, int64 (N,): what `weight_N` and expert outputs are gathered by to combine."""
+        return self.token_N.argsort(stable=True)
+
+    @cached_property
+    def first_pair_T(self) -> Tensor:
+        """Where each token's part of `pairs_of_token_N` starts, int64 (T,)."""
+        per_token_T = torch.bincount(self.token_N, minlength=self.tokens)
+        return per_token_T.cumsum(0) - per_token_T
+
+    @property
+    def valid_tokens(self) -> int | Tensor:
+        """Tokens that are not padding."""
+        return self.tokens if self.valid_T is None else self.valid_T.sum()
+
+    def at_pairs(self, value_TE: Tensor) -> Tensor:
+        """The entries of a dense (T, E) matrix at the chosen pairs, (N,); differentiable."""
+        return value_TE.reshape(-1).index_select(0, self.token_N * self.experts + self.expert_N)
+
+    def sum_by_token(self, value_N: Tensor) -> Tensor:
+        """Sum of each token's pairs, (T,); 0 for a token without one. Differentiable."""
+        return value_N.new_zeros(self.tokens).index_add(0, self.token_N, value_N)
+
+    def gather(self, x_TD: Tensor) -> Tensor:
+        """The input row of every pair, (N, D), expert after expert."""
+        return x_TD.index_select(0, self.token_N)
+
+    def combine(self, y_ND: Tensor) -> Tensor:
+        """Weighted sum of each token's expert outputs, (T, D): the other end of `gather`. Differentiable."""
+        weighted_ND = y_ND * self.weight_N[:, None].to(y_ND.dtype)
+        return y_ND.new_zeros(self.tokens, y_ND.shape[1]).index_add(0, self.token_N, weighted_ND)
+
+    def dense(self) -> Tensor:
+        """The routing as a dense matrix of combine weights, (T, E), zero where not chosen. Differentiable."""
+        flat = self.weight_N.new_zeros(self.tokens * self.experts)
+        flat = flat.index_add(0, self.token_N * self.experts + self.expert_N, self.weight_N)
+        return flat.view(self.tokens, self.experts)
+
+    def with_weights(self, weight_N: Tensor) -> Routing:
+        """The same pairs with other combine weights."""
+        assert weight_N.shape == self.token_N.shape, (weight_N.shape, self.token_N.shape)
+        return dataclasses.replace(self, weight_N=weight_N)
+
+    def pinned(self) -> Routing:
+        """The bare choice: pairs without weights, logits or gradients.
+
+        Handing it to a layer repeats this choice and computes new weights for it. Recomputing an
+        activation must do so, or a near-tie may fall the other way the second time.
+        """
+        return Routing(
+            token_N=self.token_N,
+            weight_N=torch.ones_like(self.token_N, dtype=torch.float32),
+            counts_E=self.counts_E,
+            tokens=self.tokens,
+            valid_T=self.valid_T,
+            dropped=self.dropped,
+        )
+
+    def keep(self, keep_N: Tensor) -> Routing:
+        """Drop the pairs where `keep_N` (bool, (N,)) is False and count them in `dropped`."""
+        counts_E = torch.bincount(self.expert_N[keep_N], minlength=self.experts)
+        kept_N = self.token_N[keep_N]
+        return dataclasses.replace(
+            self,
+            token_N=kept_N,
+            weight_N=self.weight_N[keep_N],
+            counts_E=counts_E,
+            dropped=self.dropped + self.pairs - len(kept_N),
+        )
+
+    def renumber(self, number_E: Tensor, experts: int) -> Routing:
+        """Give every expert e the new number `number_E[e]` among `experts`; logits and scores are left behind.
+
+        Two old experts must not share a new number. Placement, replicas and caches are renumberings.
+        """
+        routing = Routing.from_pairs(
+            self.token_N, number_E[self.expert_N], self.weight_N, tokens=self.tokens, experts=experts
+        )
+        return dataclasses.replace(routing, valid_T=self.valid_T, dropped=self.dropped)
