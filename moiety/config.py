@@ -170,9 +170,6 @@ class MoEConfig:
     router: Literal["softmax", "switch", "sigmoid"] = option(
         "softmax", help="score function and choice: softmax top-k, Switch top-1, sigmoid with selection bias"
     )
-    softmax_after: bool = option(
-        False, help="softmax over the chosen logits only, instead of over all experts"
-    )
     renormalize: bool = option(True, help="divide the chosen weights by their sum")
     scale: float = option(1.0, help="factor on the combine weights after normalisation")
     selection_bias: bool = option(
@@ -213,11 +210,6 @@ class MoEConfig:
         _require(
             not self.shared_gate or self.shared_d_ff > 0,
             "shared_gate is set but shared_d_ff is 0: there is no shared expert to gate",
-        )
-        _require(
-            not self.softmax_after or self.router == "softmax",
-            f"softmax_after is set, but router {self.router!r} takes no softmax over the chosen logits",
-            "use router 'softmax'",
         )
         _require(self.scale > 0, f"scale is {self.scale}; it must be positive")
         self._check_groups()

@@ -160,13 +160,13 @@ _QWEN3: Mapping[str, Any] = {
     "model": {"norm_eps": 1e-6},
 }
 _GRANITE: Mapping[str, Any] = {
-    "moe": {"softmax_after": True, "balance_loss": 0.001},
+    "moe": {"balance_loss": 0.001},
     "model": {"tied": True, "norm_eps": 1e-6},
 }
 _GPT_OSS_ATTENTION: Mapping[str, Any] = {
     "qkv_bias": True, "out_bias": True, "sinks": True, "window": 128, "rope_theta": 150_000.0
 }
-_GPT_OSS_MOE: Mapping[str, Any] = {"softmax_after": True, "router_bias": True, "bias": True}
+_GPT_OSS_MOE: Mapping[str, Any] = {"router_bias": True, "bias": True}
 _LLAMA4_MOE: Mapping[str, Any] = {"router": "sigmoid", "renormalize": False, "shared_d_ff": 8192}
 # Llama-4 attends in chunks, which hold at most what a window of the same size holds.
 _LLAMA4_ATTENTION: Mapping[str, Any] = {

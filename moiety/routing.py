@@ -76,9 +76,15 @@ class Routing:
     dropped: int = 0
 
     @classmethod
-    def from_pairs(cls, token_N: Tensor, expert_N: Tensor, weight_N: Tensor, *, tokens: int, experts: int) -> Routing:
+    def from_pairs(
+        cls, token_N: Tensor, expert_N: Tensor, weight_N: Tensor, *, tokens: int, experts: int
+    ) -> Routing:
         """Sort any pairs into a `Routing`. Each (token, expert) pair may appear once."""
-        assert token_N.shape == expert_N.shape == weight_N.shape, (token_N.shape, expert_N.shape, weight_N.shape)
+        assert token_N.shape == expert_N.shape == weight_N.shape, (
+            token_N.shape,
+            expert_N.shape,
+            weight_N.shape,
+        )
         order_N = (expert_N * tokens + token_N).argsort()
         counts_E = torch.bincount(expert_N, minlength=experts)
         assert len(counts_E) == experts, (len(counts_E), experts)
@@ -86,7 +92,12 @@ class Routing:
 
     @classmethod
     def from_choices(
-        cls, expert_TK: Tensor, weight_TK: Tensor | None = None, *, experts: int, valid_T: Tensor | None = None
+        cls,
+        expert_TK: Tensor,
+        weight_TK: Tensor | None = None,
+        *,
+        experts: int,
+        valid_T: Tensor | None = None,
     ) -> Routing:
         """Token choice: each token names K different experts.
 
@@ -154,7 +165,9 @@ class Routing:
         """(expert, start, stop) of every expert that has a pair; waits for the device once."""
         ends = self.ends_E.tolist()
         starts = [0, *ends[:-1]]
-        return [(e, start, stop) for e, (start, stop) in enumerate(zip(starts, ends, strict=True)) if stop > start]
+        return [
+            (e, start, stop) for e, (start, stop) in enumerate(zip(starts, ends, strict=True)) if stop > start
+        ]
 
     @cached_property
     def pairs_of_token_N(self) -> Tensor:

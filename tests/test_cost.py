@@ -134,14 +134,14 @@ def gpt_oss(draw: random.Random) -> Twin:
     sizes = sizes_of(draw)
     attention = {"qkv_bias": True, "out_bias": True, "sinks": True, "window": 5}
     config = ours(
-        sizes, False, attention=attention, moe={"softmax_after": True, "router_bias": True, "bias": True}
+        sizes, False, attention=attention, moe={"router_bias": True, "bias": True}
     )
     return config, transformers.GptOssConfig(**theirs(sizes, False, "num_local_experts", head_dim=8))
 
 
 def granite(draw: random.Random) -> Twin:
     sizes, tied = sizes_of(draw), draw.random() < 0.5
-    config = ours(sizes, tied, moe={"softmax_after": True})
+    config = ours(sizes, tied)
     return config, transformers.GraniteMoeConfig(**theirs(sizes, tied, "num_local_experts"))
 
 

@@ -182,7 +182,7 @@ def test_routing_of_some_entries() -> None:
     assert (deepseek_v2.group_score, deepseek_v2.scale, deepseek_v2.renormalize) == ("max", 16.0, False)
     gpt_oss = lookup_decoder("gpt-oss-20b")
     assert isinstance(gpt_oss.moe, MoEConfig)
-    assert gpt_oss.moe.softmax_after and gpt_oss.moe.router_bias and gpt_oss.moe.bias
+    assert gpt_oss.moe.router_bias and gpt_oss.moe.bias
     assert gpt_oss.attention.sinks and gpt_oss.attention.window_layers == tuple(range(0, 24, 2))
     maverick = lookup_decoder("llama-4-maverick")
     assert len(maverick.moe_layers) == 24

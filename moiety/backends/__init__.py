@@ -13,11 +13,11 @@ from typing import NamedTuple, Protocol, cast
 import torch
 from torch import Tensor
 
-from moiety.backends.weights import ExpertWeights
+from moiety.backends.weights import ExpertWeights, activation
 from moiety.errors import ConfigError
 from moiety.routing import Routing
 
-__all__ = ["BACKENDS", "Backend", "Choice", "ExpertWeights", "choose", "get"]
+__all__ = ["BACKENDS", "Backend", "Choice", "ExpertWeights", "activation", "choose", "get"]
 
 BACKENDS = {
     "reference": "moiety.backends.reference",
@@ -75,7 +75,9 @@ def choose(requested: str, device: torch.device, dtype: torch.dtype) -> Choice:
     elif dtype == torch.float64:
         choice = Choice("grouped", "float64 has no grouped product in torch: one product per expert")
     else:
-        kind = {torch.bfloat16: "bfloat16", torch.float32: "float32", torch.float16: "float16"}.get(dtype, str(dtype))
+        kind = {torch.bfloat16: "bfloat16", torch.float32: "float32", torch.float16: "float16"}.get(
+            dtype, str(dtype)
+        )
         choice = Choice("grouped", f"fastest for {kind} on {device.type}")
     logging.getLogger("moiety").info("experts run on backend %s: %s", choice.name, choice.reason)
     return choice

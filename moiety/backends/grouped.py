@@ -44,7 +44,9 @@ def _whole(x: Tensor, weight_EFD: Tensor) -> bool:
 
 def _groupable(dtype: torch.dtype, *widths: int) -> bool:
     """torch's grouped product wants 16-byte rows and has no float64."""
-    return dtype in (torch.float32, torch.bfloat16, torch.float16) and all(w * dtype.itemsize % 16 == 0 for w in widths)
+    return dtype in (torch.float32, torch.bfloat16, torch.float16) and all(
+        w * dtype.itemsize % 16 == 0 for w in widths
+    )
 
 
 def _chunks(slices: list[tuple[int, int, int]], dtype: torch.dtype, widths: tuple[int, ...]) -> list[Chunk]:
@@ -143,7 +145,6 @@ class _Plan:
         return gradient
 
 
-
 class _ExpertMLP(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -197,7 +198,9 @@ class _ExpertMLP(torch.autograd.Function):
             grad_y = grad_TD.index_select(0, token)
             grad_hidden = multiply.backward(grad_y, down)
             hidden, grad_pre = _activation_backward(ctx.weights, pre, grad_hidden, weight)
-            grad_weight_N[rows] = (hidden * grad_hidden).sum(-1, dtype=torch.promote_types(x_TD.dtype, torch.float32))
+            grad_weight_N[rows] = (hidden * grad_hidden).sum(
+                -1, dtype=torch.promote_types(x_TD.dtype, torch.float32)
+            )
             if down_bias is not None:
                 bias_ND = down_bias.index_select(0, ctx.expert_N[rows])
                 grad_weight_N[rows] += (grad_y * bias_ND).sum(-1).to(weight_N.dtype)
@@ -265,7 +268,9 @@ class _GroupedLinear(torch.autograd.Function):
         return grad_x, grad_weight, None
 
 
-def grouped_linear(x_ND: Tensor, weight_EFD: Tensor, counts_E: Tensor, bias_EF: Tensor | None = None) -> Tensor:
+def grouped_linear(
+    x_ND: Tensor, weight_EFD: Tensor, counts_E: Tensor, bias_EF: Tensor | None = None
+) -> Tensor:
     """y = x W_e^T + b_e for rows sorted by expert; see `reference.grouped_linear`, which defines it."""
     ends = counts_E.cumsum(0).tolist()
     starts = [0, *ends[:-1]]

@@ -20,7 +20,9 @@ from torch.autograd.function import once_differentiable
 __all__ = ["linear", "multiply_into", "multiply_rows", "multiply_rows_back", "prefers_onednn"]
 
 FEWEST_ROWS = 32  # below this many rows MKL's small-matrix path is as fast (bench/matmul.py)
-FEWEST_ROWS_STRIDED = 256  # oneDNN repacks transposed operands; below this many rows that costs more than it gains
+FEWEST_ROWS_STRIDED = (
+    256  # oneDNN repacks transposed operands; below this many rows that costs more than it gains
+)
 
 
 @functools.cache
@@ -37,7 +39,9 @@ def _onednn(x_ND: Tensor, weight_FD: Tensor, bias_F: Tensor | None = None) -> Te
 
 
 def _use_onednn(x_ND: Tensor, fewest: int) -> bool:
-    return x_ND.dtype == torch.float32 and x_ND.device.type == "cpu" and len(x_ND) >= fewest and prefers_onednn()
+    return (
+        x_ND.dtype == torch.float32 and x_ND.device.type == "cpu" and len(x_ND) >= fewest and prefers_onednn()
+    )
 
 
 def multiply_rows(x_ND: Tensor, weight_FD: Tensor, bias_F: Tensor | None = None) -> Tensor:

@@ -13,7 +13,9 @@ from moiety.routing import Routing
 __all__ = ["expert_mlp", "grouped_linear"]
 
 
-def grouped_linear(x_ND: Tensor, weight_EFD: Tensor, counts_E: Tensor, bias_EF: Tensor | None = None) -> Tensor:
+def grouped_linear(
+    x_ND: Tensor, weight_EFD: Tensor, counts_E: Tensor, bias_EF: Tensor | None = None
+) -> Tensor:
     """y = x W_e^T + b_e for rows sorted by expert.
 
     Args:

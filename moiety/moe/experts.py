@@ -1,0 +1,135 @@
+"""Feed-forwards: the stacked experts of one layer, and the dense one that shared experts and dense blocks use."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from moiety import backends
+from moiety.backends.matmul import linear
+from moiety.backends.weights import ExpertWeights, activation
+from moiety.routing import Routing
+
+__all__ = ["Experts", "FeedForward"]
+
+
+def _parameter(*shape: int, device: torch.device | str | None, dtype: torch.dtype | None) -> nn.Parameter:
+    return nn.Parameter(torch.empty(*shape, device=device, dtype=dtype))
+
+
+class Experts(nn.Module):
+    """E feed-forwards of equal shape, stacked so that one call multiplies all of them.
+
+    Parameters: `gate_up` (E, 2F, D) with the gate rows first, or `up` (E, F, D) when not gated; `down`
+    (E, D, F); with `bias` also `gate_up_bias` (E, 2F) or `up_bias` (E, F), and `down_bias` (E, D).
+
+    Args:
+        d_model: Width D.
+        d_ff: Inner width F of one expert.
+        experts: E.
+        activation: silu, gelu, gelu_tanh or relu.
+        gated: act(gate) * up (SwiGLU, GeGLU; arXiv 2002.05202) instead of act(up).
+        bias: Add biases.
+        backend: Who multiplies; "auto" lets `backends.choose` decide.
+
+    Raises:
+        ConfigError: no such activation or backend.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_ff: int,
+        experts: int,
+        *,
+        activation: str = "silu",
+        gated: bool = True,
+        bias: bool = False,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        backends.activation(activation)
+        if backend != "auto":
+            backends.get(backend)
+        self.activation, self.gated, self.backend = activation, gated, backend
+        rows = 2 * d_ff if gated else d_ff
+        self.up_name = "gate_up" if gated else "up"
+        self.register_parameter(self.up_name, _parameter(experts, rows, d_model, device=device, dtype=dtype))
+        self.down = _parameter(experts, d_model, d_ff, device=device, dtype=dtype)
+        up_bias = _parameter(experts, rows, device=device, dtype=dtype) if bias else None
+        self.register_parameter(f"{self.up_name}_bias", up_bias)
+        self.down_bias = _parameter(experts, d_model, device=device, dtype=dtype) if bias else None
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Uniform within 1/sqrt(fan-in), as torch's linear; biases zero."""
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 3:
+                parameter.uniform_(-(parameter.shape[2] ** -0.5), parameter.shape[2] ** -0.5)
+            else:
+                assert name.endswith("bias"), name
+                parameter.zero_()
+
+    def weights(self, dtype: torch.dtype) -> ExpertWeights:
+        """The parameters in `dtype`, as backends take them; gradients flow back to the parameters."""
+        up: Tensor = self.get_parameter(self.up_name)
+        up_bias: Tensor | None = self._parameters[f"{self.up_name}_bias"]
+        return ExpertWeights(
+            up=up.to(dtype),
+            down=self.down.to(dtype),
+            up_bias=None if up_bias is None else up_bias.to(dtype),
+            down_bias=None if self.down_bias is None else self.down_bias.to(dtype),
+            activation=self.activation,
+            gated=self.gated,
+        )
+
+    def forward(self, x_TD: Tensor, routing: Routing) -> Tensor:
+        """y[token] = sum of weight * expert(x[token]), (T, D), in x's dtype."""
+        name = backends.choose(self.backend, x_TD.device, x_TD.dtype).name
+        return backends.get(name).expert_mlp(x_TD, routing, self.weights(x_TD.dtype))
+
+
+class FeedForward(nn.Module):
+    """One dense feed-forward: down(act(gate) * up), or down(act(up)).
+
+    Parameters: `gate_up` (2F, D) with the gate rows first, or `up` (F, D) when not gated; `down` (D, F).
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_ff: int,
+        *,
+        activation: str = "silu",
+        gated: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        backends.activation(activation)
+        self.activation, self.gated = activation, gated
+        self.up_name = "gate_up" if gated else "up"
+        rows = 2 * d_ff if gated else d_ff
+        self.register_parameter(self.up_name, _parameter(rows, d_model, device=device, dtype=dtype))
+        self.down = _parameter(d_model, d_ff, device=device, dtype=dtype)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Uniform within 1/sqrt(fan-in), as torch's linear."""
+        for parameter in self.parameters():
+            parameter.uniform_(-(parameter.shape[1] ** -0.5), parameter.shape[1] ** -0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) to (..., D)."""
+        act = activation(self.activation)
+        hidden = linear(x, self.get_parameter(self.up_name))
+        if self.gated:
+            gate, up = hidden.chunk(2, dim=-1)
+            hidden = act.forward(gate) * up
+        else:
+            hidden = act.forward(hidden)
+        return linear(hidden, self.down)
