@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from moiety.config import AttentionConfig, MoEConfig, ModelConfig
+    from moiety.config import AttentionConfig, ModelConfig, MoEConfig
     from moiety.errors import MoietyError
     from moiety.infer.generate import generate
     from moiety.model.checkpoint import load

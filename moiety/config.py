@@ -25,8 +25,10 @@ __all__ = [
     "MLAConfig",
     "MoEConfig",
     "ModelConfig",
+    "check_types",
     "from_dict",
     "option",
+    "require",
     "to_dict",
 ]
 
@@ -44,19 +46,20 @@ def option(default: Any = dataclasses.MISSING, *, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 
-def _require(condition: bool, message: str, hint: str | None = None) -> None:
+def require(condition: bool, message: str, hint: str | None = None) -> None:
+    """Raise ConfigError with `message` and `hint` unless `condition` holds."""
     if not condition:
         raise ConfigError(message, hint=hint)
 
 
-def _check_types(config: Any) -> None:
+def check_types(config: Any) -> None:
     """Refuse a value whose type is not the field's, before any arithmetic on it can go wrong."""
     hints = typing.get_type_hints(type(config))
     for item in dataclasses.fields(config):
         value, wanted = getattr(config, item.name), hints[item.name]
         if not _fits(value, wanted):
             shown = getattr(wanted, "__name__", str(wanted))
-            _require(
+            require(
                 False,
                 f"{type(config).__name__}.{item.name} is {value!r}, which is not {shown}",
                 item.metadata.get("help"),
@@ -89,15 +92,15 @@ class MLAConfig:
     value_dim: int = option(help="width of each value head")
 
     def __post_init__(self) -> None:
-        _check_types(self)
+        check_types(self)
         for name in ("kv_rank", "nope_dim", "rope_dim", "value_dim"):
-            _require(
+            require(
                 getattr(self, name) > 0, f"MLAConfig.{name} is {getattr(self, name)}; it must be positive"
             )
-        _require(
+        require(
             self.q_rank >= 0, f"MLAConfig.q_rank is {self.q_rank}; it must be 0 (no bottleneck) or positive"
         )
-        _require(
+        require(
             self.rope_dim % 2 == 0, f"MLAConfig.rope_dim is {self.rope_dim}; rotary pairs need an even number"
         )
 
@@ -124,31 +127,31 @@ class AttentionConfig:
     mla: MLAConfig | None = option(None, help="latent attention sizes; none means grouped-query attention")
 
     def __post_init__(self) -> None:
-        _check_types(self)
+        check_types(self)
         for name in ("heads", "kv_heads", "head_dim"):
-            _require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be positive")
-        _require(
+            require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be positive")
+        require(
             self.heads % self.kv_heads == 0,
             f"heads is {self.heads}, which is not a multiple of kv_heads {self.kv_heads}",
             "every key/value head serves the same number of query heads",
         )
-        _require(
+        require(
             self.mla is not None or self.rotary_dim % 2 == 0,
             f"head_dim {self.head_dim} x rope_fraction {self.rope_fraction} rotates {self.rotary_dim} dimensions",
             "rotary position turns pairs: make it even",
         )
-        _require(0 <= self.rope_fraction <= 1, f"rope_fraction is {self.rope_fraction}; allowed is 0 to 1")
-        _require(self.rope_theta > 0, f"rope_theta is {self.rope_theta}; it must be positive")
-        _require(
+        require(0 <= self.rope_fraction <= 1, f"rope_fraction is {self.rope_fraction}; allowed is 0 to 1")
+        require(self.rope_theta > 0, f"rope_theta is {self.rope_theta}; it must be positive")
+        require(
             self.window is None or self.window > 0, f"window is {self.window}; it must be positive or none"
         )
-        _require(
+        require(
             self.window is not None or self.window_layers is None,
             f"window_layers is {self.window_layers}, but there is no window",
             "set window, in tokens",
         )
         plain = not (self.qkv_bias or self.out_bias or self.sinks) and self.qk_norm == "none"
-        _require(
+        require(
             self.mla is None or plain,
             "latent attention has no qkv_bias, out_bias, qk_norm or sinks: its bottlenecks carry their own norms",
             "leave these at their defaults, or leave mla out",
@@ -192,49 +195,49 @@ class MoEConfig:
     bias_rate: float = option(0.001, help="step of the selection-bias update (arXiv 2408.15664)")
 
     def __post_init__(self) -> None:
-        _check_types(self)
+        check_types(self)
         for name in ("experts", "experts_per_token", "d_ff", "groups", "groups_kept"):
-            _require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be positive")
-        _require(
+            require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be positive")
+        require(
             self.experts_per_token <= self.experts,
             f"experts_per_token is {self.experts_per_token}, more than the {self.experts} experts there are",
             f"choose 1 to {self.experts}",
         )
-        _require(
+        require(
             self.router != "switch" or self.experts_per_token == 1,
             f"router 'switch' chooses one expert, but experts_per_token is {self.experts_per_token}",
             "use router 'softmax' for more than one",
         )
         for name in ("balance_loss", "z_loss", "bias_rate", "shared_d_ff"):
-            _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must not be negative")
-        _require(
+            require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must not be negative")
+        require(
             not self.shared_gate or self.shared_d_ff > 0,
             "shared_gate is set but shared_d_ff is 0: there is no shared expert to gate",
         )
-        _require(self.scale > 0, f"scale is {self.scale}; it must be positive")
+        require(self.scale > 0, f"scale is {self.scale}; it must be positive")
         self._check_groups()
 
     def _check_groups(self) -> None:
-        _require(
+        require(
             self.experts % self.groups == 0,
             f"groups is {self.groups}, which does not divide the {self.experts} experts evenly",
         )
-        _require(
+        require(
             self.groups_kept <= self.groups,
             f"groups_kept is {self.groups_kept}, more than the {self.groups} groups there are",
         )
         reachable = self.groups_kept * (self.experts // self.groups)
-        _require(
+        require(
             self.experts_per_token <= reachable,
             f"experts_per_token is {self.experts_per_token}, but {self.groups_kept} groups hold {reachable} experts",
             "keep more groups or choose fewer experts",
         )
-        _require(
+        require(
             self.groups == 1 or self.router != "switch",
             f"groups is {self.groups}, but router 'switch' has no group-limited choice",
             "use router 'sigmoid' or 'softmax', or groups 1",
         )
-        _require(
+        require(
             self.groups == 1 or self.group_score == "max" or self.experts >= 2 * self.groups,
             f"group_score 'top2' needs two experts in a group; {self.experts} in {self.groups} groups are fewer",
             "use group_score 'max' or fewer groups",
@@ -265,23 +268,23 @@ class ModelConfig:
     max_positions: int = option(2048, help="longest sequence the model is meant for, in tokens")
 
     def __post_init__(self) -> None:
-        _check_types(self)
+        check_types(self)
         for name in ("vocab_size", "d_model", "layers", "d_ff", "max_positions"):
-            _require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be positive")
-        _require(self.norm_eps > 0, f"norm_eps is {self.norm_eps}; it must be positive")
+            require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be positive")
+        require(self.norm_eps > 0, f"norm_eps is {self.norm_eps}; it must be positive")
         for name, named in (
             ("dense_layers", self.dense_layers),
             ("window_layers", self.attention.window_layers or ()),
         ):
             bad = [layer for layer in named if not 0 <= layer < self.layers]
-            _require(not bad, f"{name} names layers {bad}; the model has layers 0 to {self.layers - 1}")
-            _require(len(set(named)) == len(named), f"{name} names a layer twice: {named}")
-        _require(
+            require(not bad, f"{name} names layers {bad}; the model has layers 0 to {self.layers - 1}")
+            require(len(set(named)) == len(named), f"{name} names a layer twice: {named}")
+        require(
             self.moe is not None or not self.dense_layers,
             f"dense_layers is {self.dense_layers}, but there is no moe: every layer is dense already",
             "leave dense_layers empty",
         )
-        _require(
+        require(
             not (self.norm_bias and self.norm == "rms"), "norm_bias needs norm='layer'; RMSNorm has no bias"
         )
 
@@ -310,9 +313,9 @@ class EncoderDecoderConfig:
     position_buckets: int = option(32, help="buckets of the relative position bias, one table in each stack")
 
     def __post_init__(self) -> None:
-        _check_types(self)
+        check_types(self)
         for name in ("vocab_size", "d_model", "layers", "heads", "head_dim", "moe_every", "position_buckets"):
-            _require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be positive")
+            require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be positive")
 
 
 Architecture = ModelConfig | EncoderDecoderConfig
@@ -329,7 +332,7 @@ def from_dict(kind: type[ConfigType], values: Mapping[str, Any]) -> ConfigType:
     Raises:
         ConfigError: an unknown key (with the nearest known one), a missing key, or a bad value.
     """
-    _require(
+    require(
         isinstance(values, Mapping), f"{kind.__name__} must be an object with named values, not {values!r}"
     )
     hints = typing.get_type_hints(kind)

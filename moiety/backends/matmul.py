@@ -35,7 +35,8 @@ def prefers_onednn() -> bool:
 
 
 def _onednn(x_ND: Tensor, weight_FD: Tensor, bias_F: Tensor | None = None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x_ND, weight_FD, bias_F, "none", [], "")
+    y_NF: Tensor = torch.ops.mkldnn._linear_pointwise(x_ND, weight_FD, bias_F, "none", [], "")
+    return y_NF
 
 
 def _use_onednn(x_ND: Tensor, fewest: int) -> bool:

@@ -53,11 +53,13 @@ def _gelu_tanh(x: Tensor) -> Tensor:
 
 
 def _gelu_tanh_backward(grad: Tensor, x: Tensor) -> Tensor:
-    return torch.ops.aten.gelu_backward(grad, x, approximate="tanh")
+    result: Tensor = torch.ops.aten.gelu_backward(grad, x, approximate="tanh")
+    return result
 
 
 def _relu_backward(grad: Tensor, x: Tensor) -> Tensor:
-    return torch.ops.aten.threshold_backward(grad, x, 0)
+    result: Tensor = torch.ops.aten.threshold_backward(grad, x, 0)
+    return result
 
 
 ACTIVATIONS = {

@@ -1,1 +1,92 @@
-"""cli"""
+"""The command line: which command is which module, and how failures leave. A command's module is only
+imported when it is called, so `moiety --help` is instant.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from moiety.errors import MoietyError, UsageError
+
+__all__ = ["COMMANDS", "main"]
+
+COMMANDS = {
+    "demo": "train a small MoE and its dense twin on real text, compare them, open the report",
+    "train": "train a model on your text, or resume a run",
+    "compare": "train an MoE and its dense twin with several seeds and tabulate",
+    "generate": "continue a prompt with a trained model",
+    "chat": "talk to a trained model, line by line",
+    "params": "count parameters, FLOPs and bytes of a known model or a checkpoint",
+    "doctor": "say what this machine offers, which parts are used, and what is missing",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        0 done, 1 failed, 2 used wrongly, 3 something is missing on this machine, 4 a check said no,
+        130 interrupted.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return _run(words)
+    except MoietyError as error:
+        _complain(error.message, error.hint)
+        return error.exit_code
+    except KeyboardInterrupt:
+        _complain("interrupted", None)
+        return 130
+    except BrokenPipeError:  # the reader of our output has left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _run(words: list[str]) -> int:
+    if not words or words[0] in ("--help", "-h", "help"):
+        print(_overview())
+        return 0
+    if words[0] == "--version":
+        from importlib.metadata import version
+
+        print(version("moiety"))
+        return 0
+    name, rest = words[0], words[1:]
+    if name not in COMMANDS:
+        close = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean `moiety {close[0]}`?" if close else "`moiety --help` lists the commands"
+        raise UsageError(f"there is no command {name!r}", hint=hint)
+    from cyclopts import CycloptsError
+
+    app = importlib.import_module(f"moiety.cli.{name}").app
+    try:
+        result = app(rest, exit_on_error=False, print_error=False, result_action="return_value")
+    except CycloptsError as error:
+        raise UsageError(str(error).strip(), hint=f"`moiety {name} --help` lists the options") from None
+    return int(result or 0)
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {line}" for name, line in COMMANDS.items()]
+    return "\n".join(
+        [
+            "moiety: build, train and look inside Mixture-of-Experts transformers",
+            "",
+            "usage: moiety COMMAND [OPTIONS]",
+            "",
+            *lines,
+            "",
+            "`moiety COMMAND --help` explains one. Results go to stdout, talk to stderr.",
+        ]
+    )
+
+
+def _complain(message: str, hint: str | None) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    if hint is not None:
+        print(f"hint: {hint}", file=sys.stderr)

@@ -45,7 +45,7 @@ class Attention(nn.Module):
         """Split into heads, normalised before or after the split: (B, H, S, head_dim)."""
         if norm is not None and not self.norm_per_head:
             x_BSD = norm(x_BSD)
-        x_BSHd = x_BSD.unflatten(-1, (heads, self.head_dim))
+        x_BSHd: Tensor = x_BSD.unflatten(-1, (heads, self.head_dim))
         if norm is not None and self.norm_per_head:
             x_BSHd = norm(x_BSHd)
         return x_BSHd.transpose(1, 2)

@@ -72,5 +72,7 @@ def cross_entropy(hidden: Tensor, weight_VD: Tensor, target: Tensor) -> Tensor:
         dtype = torch.get_autocast_dtype(device)
         hidden, weight_VD = hidden.to(dtype), weight_VD.to(dtype)
     with torch.autocast(device, enabled=False):
-        loss: Tensor = _CrossEntropy.apply(hidden.reshape(-1, hidden.shape[-1]), weight_VD, target.reshape(-1))
+        loss: Tensor = _CrossEntropy.apply(
+            hidden.reshape(-1, hidden.shape[-1]), weight_VD, target.reshape(-1)
+        )
     return loss

@@ -11,8 +11,6 @@ import codecs
 import hashlib
 import json
 import math
-import os
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, final
@@ -21,8 +19,9 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from moiety.errors import ConfigError, DataError, FormatError, StorageError
+from moiety.storage import write_atomically
 
-__all__ = ["END_OF_TEXT", "TextStream", "Tokenizer", "train_tokenizer", "write_atomically"]
+__all__ = ["END_OF_TEXT", "TextStream", "Tokenizer", "train_tokenizer"]
 
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST_VOCABULARY = 257
@@ -65,35 +64,6 @@ def train_tokenizer(
     )
     inner.train_from_iterator((text[: math.ceil(len(text) * share)] for text in texts), trainer)
     return Tokenizer(inner, end_token=END_OF_TEXT)
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that a crash leaves the previous one or the new one, never a part.
-
-    Raises:
-        StorageError: the system refused.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except OSError as error:
-        raise StorageError(
-            f"cannot write {path}: {error.strerror}", hint="check space and permissions"
-        ) from error
 
 
 def _bytes_of_characters() -> dict[str, int]:

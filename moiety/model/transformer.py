@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -200,9 +200,9 @@ class Transformer(nn.Module):
         result = checkpoint(run, x_BSD, use_reentrant=False)
         return result
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: str | Path) -> None:
         """Write the model in Hugging Face layout; see `moiety.model.checkpoint.save`."""
-        from moiety.model import checkpoint as files  # noqa: PLC0415 (checkpoint builds Transformers)
+        from moiety.model import checkpoint as files
 
         files.save(self, path)
 

@@ -72,6 +72,8 @@ class MoE(nn.Module):
         ConfigError: a size that is not positive, or a router that cannot serve this many experts.
     """
 
+    selection_bias: Tensor | None
+
     def __init__(
         self,
         *,
@@ -131,7 +133,7 @@ class MoE(nn.Module):
         """Move the selection bias with the layer but keep it float32: its steps are lost in bfloat16."""
         bias_E = self.selection_bias
         super()._apply(fn, recurse)
-        if bias_E is not None:
+        if bias_E is not None and self.selection_bias is not None:
             self.selection_bias = bias_E.to(self.selection_bias.device)
         return self
 

@@ -23,7 +23,8 @@ import numpy.typing as npt
 import torch
 
 from moiety.errors import DataError, FormatError, StorageError, UsageError
-from moiety.model.tokenizer import Tokenizer, train_tokenizer, write_atomically
+from moiety.model.tokenizer import Tokenizer, train_tokenizer
+from moiety.storage import write_atomically
 from moiety.train.corpus import Document, Split
 
 __all__ = ["IGNORED", "Batch", "TokenData", "build", "open_tokens", "prepare_tokenizer"]

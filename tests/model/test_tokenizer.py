@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import models, pre_tokenizers
 
-from moiety.errors import ConfigError, DataError, FormatError, StorageError
-from moiety.model.tokenizer import END_OF_TEXT, TextStream, Tokenizer, train_tokenizer, write_atomically
+from moiety.errors import ConfigError, DataError, FormatError
+from moiety.model.tokenizer import END_OF_TEXT, TextStream, Tokenizer, train_tokenizer
 
 TEXTS = [
     "The cat sat on the mat, and the mat was where the cat sat.\n" * 20,
@@ -173,15 +173,3 @@ def test_bad_training_arguments() -> None:
     for texts in ([], ["", ""]):
         with pytest.raises(DataError, match="no text"):
             train_tokenizer(texts, 300)
-
-
-def test_refused_write_keeps_the_old_file(tmp_path: Path) -> None:
-    write_atomically(tmp_path / "file", b"old")
-    write_atomically(tmp_path / "file", b"new")
-    assert (tmp_path / "file").read_bytes() == b"new"
-    with pytest.raises(StorageError, match="cannot write"):
-        write_atomically(tmp_path / "file" / "below", b"x")
-    (tmp_path / "folder").mkdir()
-    with pytest.raises(StorageError, match="cannot write"):
-        write_atomically(tmp_path / "folder", b"x")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]

@@ -1,0 +1,70 @@
+"""A live line per model while training: step, loss, tokens per second, time left, router balance."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from moiety.train.compare import Contender
+from moiety.train.loop import StepRecord
+
+__all__ = ["TrainingDisplay"]
+
+PLAIN_EVERY = 20  # lines of a log that is not a terminal: about this many per run
+
+
+class TrainingDisplay:
+    """Shows races and single runs; on a terminal as bars, otherwise as a few plain lines."""
+
+    def __init__(self, contenders: Sequence[Contender], console: Console) -> None:
+        self.console = console
+        narrow = console.width < 80
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=8 if narrow else 24),
+            TextColumn("{task.completed}/{task.total}"),
+            TextColumn("{task.fields[loss]}"),
+            *([] if narrow else [TextColumn("{task.fields[speed]}"), TextColumn("{task.fields[router]}")]),
+            TimeRemainingColumn(compact=narrow),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self.tasks: dict[str, TaskID] = {
+            contender.name: self.progress.add_task(
+                contender.name, total=contender.options.steps, loss="", speed="", router=""
+            )
+            for contender in contenders
+        }
+
+    def __enter__(self) -> TrainingDisplay:
+        self.progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.progress.stop()
+
+    def show(self, contender: Contender, record: StepRecord) -> None:
+        """Draw one step."""
+        tokens = contender.options.batch * contender.options.accumulate * contender.options.length
+        loss, speed = f"loss {record.loss:.3f}", f"{tokens / record.step_seconds:,.0f} tok/s"
+        router = ""
+        if record.health:
+            worst = max(health.max_vio for health in record.health.values())
+            dead = sum(health.dead for health in record.health.values())
+            router = f"MaxVio {worst:.2f}" + (f", {dead} dead" if dead else "")
+        step = record.state.step
+        self.progress.update(
+            self.tasks[contender.name], completed=step, loss=loss, speed=speed, router=router
+        )
+        if record.skipped:
+            self.console.print(f"{contender.name}: step {step} was not finite and changed nothing")
+        if record.evaluation is not None:
+            bits = record.evaluation.mean_bits_per_byte
+            self.console.print(f"{contender.name}: step {step}, {bits:.3f} bits/byte on held-out text")
+        if not self.console.is_terminal and step % max(contender.options.steps // PLAIN_EVERY, 1) == 0:
+            self.console.print(f"{contender.name}: step {step}, {loss}, {speed} {router}".rstrip())

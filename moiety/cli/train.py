@@ -1,0 +1,145 @@
+"""`moiety train`: train a model on text, or go on with a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import App, Parameter
+
+from moiety import cost
+from moiety.cli.output import interruptible, print_json, short, talk
+from moiety.errors import UsageError
+from moiety.train.model_options import ModelOptions
+from moiety.train.options import TrainOptions
+
+if TYPE_CHECKING:
+    from moiety.train.loop import StepRecord, Stop
+    from moiety.train.run import RunPlan, Text
+
+__all__ = ["app"]
+
+app = App(name="moiety train", help="Train a model on your text, or resume a run.")
+
+Flag = Parameter(negative="")
+
+
+@app.default
+def train(
+    *sources: str,
+    out: Annotated[Path, Parameter(help="the run's folder")] = Path("runs/train"),
+    resume: Annotated[
+        bool, Flag, Parameter(help="go on with the run in --out; other options are read from it")
+    ] = False,
+    vocab_size: Annotated[int, Parameter(help="entries of the tokenizer that is learnt")] = 4096,
+    bytes_per_domain: Annotated[int, Parameter(help="size of the default corpus")] = 1_500_000,
+    model: Annotated[ModelOptions, Parameter(name="*")] = ModelOptions(),
+    options: Annotated[TrainOptions, Parameter(name="*")] = TrainOptions(),
+    track: Annotated[tuple[str, ...], Parameter(help="also log to tensorboard, wandb or trackio")] = (),
+    dry_run: Annotated[bool, Flag, Parameter(help="say what would be trained, and stop")] = False,
+    json: Annotated[bool, Flag, Parameter(help="print the result as JSON")] = False,
+) -> int:
+    """Train from scratch on texts: files, folders, FILE:domain=NAME or hf:ID; none means the default corpus."""
+    from moiety.train.host import keep_freed_memory
+    from moiety.train.run import RunPlan, prepare_text, read_plan, write_plan
+    from moiety.train.state import latest_checkpoint
+
+    console = talk()
+    if resume:
+        plan = read_plan(out)
+        sources, vocab_size, bytes_per_domain = plan.sources, plan.vocab_size, plan.bytes_per_domain
+    elif (out / "run.json").exists() and not dry_run:
+        raise UsageError(
+            f"{out} already holds a run", hint="--resume goes on with it; --out names another folder"
+        )
+    text = prepare_text(out, sources, vocab_size=vocab_size, bytes_per_domain=bytes_per_domain)
+    for note in text.notes:
+        console.print(note)
+    checkpoint = None
+    if resume:
+        if plan.fingerprint != text.data.fingerprint:
+            raise UsageError(
+                "the texts are not those the run was started with",
+                hint="start a new run in another --out folder",
+            )
+        found = latest_checkpoint(out)
+        for line in found.damaged:
+            console.print(line)
+        checkpoint = found.path
+    else:
+        plan = RunPlan(
+            model=model.config(text.tokenizer.vocab_size, options.length),
+            train=options,
+            sources=tuple(sources),
+            bytes_per_domain=bytes_per_domain,
+            vocab_size=vocab_size,
+            fingerprint=text.data.fingerprint,
+        )
+    console.print(_describe(plan, text.data.train_tokens))
+    if dry_run:
+        return 0
+    write_plan(out, plan)
+    keep_freed_memory()
+    with interruptible(console, "the step at hand is finished, then saved") as stop:
+        last = _run(plan, text, out, checkpoint, stop, track)
+    done = last is None or last.state.step == plan.train.steps
+    if not done:
+        console.print(f"stopped and saved; go on with: moiety train --resume --out {out}")
+    if json and last is not None:
+        print_json(
+            {"run": str(out), "step": last.state.step, "loss": last.loss, "seconds": last.state.seconds}
+        )
+    elif done:
+        print(f"done: {out}; try: moiety generate {out} 'def '")
+    return 0
+
+
+def _describe(plan: RunPlan, text_tokens: int) -> str:
+    """One paragraph: what will be trained, on how much, for how many operations."""
+    counts, options = cost.parameters(plan.model), plan.train
+    tokens = options.steps * options.batch * options.accumulate * options.length
+    flops = tokens * cost.training_flops_per_token(plan.model, options.length // 2).total
+    lines = [
+        f"model: {short(counts.total)} parameters, {short(counts.active)} active for one token",
+        f"text: {short(text_tokens)} tokens; training: {short(tokens)} tokens, {tokens / text_tokens:.2f} epochs, "
+        f"{short(flops)} FLOP",
+    ]
+    if options.accumulate > 1 and options.balance_scope == "step" and plan.model.moe is not None:
+        lines.append(
+            "balance over the whole step costs a second forward pass; --balance-scope micro_batch does not"
+        )
+    return "\n".join(lines)
+
+
+def _run(
+    plan: RunPlan, text: Text, out: Path, checkpoint: Path | None, stop: Stop, trackers: tuple[str, ...]
+) -> StepRecord | None:
+    """All steps, shown and tracked; the last record, or None when there was nothing left to do."""
+    from moiety.cli.progress import TrainingDisplay
+    from moiety.train.compare import Contender
+    from moiety.train.loop import train as steps_of
+    from moiety.train.state import read_state
+    from moiety.train.track import open_trackers, values_of
+
+    contender = Contender(name=out.name, config=plan.model, options=plan.train)
+    done = 0 if checkpoint is None else read_state(checkpoint).step
+    open_now = open_trackers(trackers, out, after_step=done)
+    record = None
+    try:
+        with TrainingDisplay([contender], talk()) as display:
+            for record in steps_of(
+                contender.build(),
+                text.data,
+                plan.train,
+                run_folder=out,
+                tokenizer=text.tokenizer,
+                resume=checkpoint,
+                stop=stop,
+            ):
+                display.show(contender, record)
+                for tracker in open_now:
+                    tracker.log(record.state.step, values_of(record))
+    finally:
+        for tracker in open_now:
+            tracker.close()
+    return record

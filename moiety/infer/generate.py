@@ -1,0 +1,65 @@
+"""Plain generation, one token after the other: what every faster engine has to agree with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from moiety.errors import UsageError
+from moiety.infer.options import SamplingOptions
+from moiety.infer.sampling import sample
+from moiety.model.context import KVCache
+from moiety.model.transformer import Transformer
+
+__all__ = ["generate"]
+
+
+def generate(
+    model: Transformer,
+    prompt: Sequence[int],
+    *,
+    max_tokens: int = 128,
+    sampling: SamplingOptions | None = None,
+    end_id: int | None = None,
+) -> Iterator[int]:
+    """Continue a prompt, yielding each token as it is drawn.
+
+    Args:
+        model: Any.
+        prompt: Token ids, at least one.
+        max_tokens: Most tokens to draw.
+        sampling: What to draw from; the defaults of `SamplingOptions` when None.
+        end_id: Stop after this token, which is yielded too.
+
+    Raises:
+        UsageError: an empty prompt, a token outside the vocabulary, or max_tokens below 1.
+    """
+    if not prompt:
+        raise UsageError("the prompt has no token", hint="give at least one, such as the end-of-text token")
+    vocabulary = model.config.vocab_size
+    if not 0 <= min(prompt) <= max(prompt) < vocabulary:
+        raise UsageError(
+            f"the prompt has tokens outside 0 to {vocabulary - 1}", hint="is this the model's tokenizer?"
+        )
+    if max_tokens < 1:
+        raise UsageError(f"max_tokens is {max_tokens}; it must be positive")
+    return _tokens(model, prompt, max_tokens, sampling or SamplingOptions(), end_id)
+
+
+@torch.inference_mode()
+def _tokens(
+    model: Transformer, prompt: Sequence[int], max_tokens: int, sampling: SamplingOptions, end_id: int | None
+) -> Iterator[int]:
+    weight = model.embed.weight
+    generator = torch.Generator(device=weight.device).manual_seed(sampling.seed)
+    cache = KVCache(model.config, 1, len(prompt) + max_tokens, dtype=weight.dtype, device=weight.device)
+    fresh = torch.tensor([list(prompt)], device=weight.device)
+    for _ in range(max_tokens):
+        output = model(fresh, cache=cache)
+        logits_BV = torch.nn.functional.linear(output.hidden[:, -1], output.head_weight)
+        token = int(sample(logits_BV, sampling, generator))
+        yield token
+        if token == end_id:
+            return
+        fresh = torch.tensor([[token]], device=weight.device)

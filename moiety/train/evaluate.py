@@ -1,0 +1,120 @@
+"""How well a model predicts held-out text: bits per byte, exactly, and who routed what where."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from moiety.model.loss import IGNORED, cross_entropy
+from moiety.model.transformer import Transformer
+from moiety.observe.stats import counts_by_group
+from moiety.train.data import TokenData
+
+__all__ = ["Evaluation", "autocast", "evaluate"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Evaluation:
+    """One pass over held-out text.
+
+    Args:
+        bits_per_byte: By domain.
+        nats: Summed loss by domain.
+        size_bytes: Scored UTF-8 bytes by domain.
+        counts_DLE: Pairs of each (domain, MoE layer, expert); None for a dense model.
+        counts_SLE: The same of each sequence; None for a dense model.
+        domain_S: Domain index of each sequence.
+        seconds: Wall time.
+    """
+
+    bits_per_byte: Mapping[str, float]
+    nats: Mapping[str, float]
+    size_bytes: Mapping[str, int]
+    counts_DLE: npt.NDArray[np.int64] | None
+    counts_SLE: npt.NDArray[np.int64] | None
+    domain_S: npt.NDArray[np.int64]
+    seconds: float
+
+    @property
+    def mean_bits_per_byte(self) -> float:
+        """Mean over domains, each counting the same whatever its size."""
+        return sum(self.bits_per_byte.values()) / len(self.bits_per_byte)
+
+
+def autocast(dtype: str, device: torch.device) -> torch.autocast:
+    """Autocast to bfloat16 when `dtype` is "bf16"; a context that changes nothing for "fp32"."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == "bf16")
+
+
+@torch.no_grad()
+def evaluate(
+    model: Transformer,
+    data: TokenData,
+    *,
+    batch: int,
+    length: int,
+    limit: int | None = None,
+    dtype: str = "fp32",
+) -> Evaluation:
+    """Score the held-out text of every domain.
+
+    Args:
+        model: Any.
+        data: Its held-out split is used.
+        batch: Sequences at a time.
+        length: Tokens in a sequence.
+        limit: Most sequences of a domain; None for all.
+        dtype: "fp32" or "bf16".
+    """
+    begun = time.perf_counter()
+    device = next(model.parameters()).device
+    training = model.training
+    model.eval()
+    nats: dict[str, float] = {}
+    size_bytes: dict[str, int] = {}
+    counts_SLE: list[npt.NDArray[np.int64]] = []
+    domain_S: list[int] = []
+    for number, domain in enumerate(data.domains):
+        total = 0.0
+        scored = 0
+        for piece in data.evaluation(domain, B=batch, S=length, limit=limit):
+            tokens_BS, targets_BS = piece.tokens_BS.to(device), piece.targets_BS.to(device)
+            valid_BS = targets_BS != IGNORED
+            valid_BS = (
+                valid_BS.flip(1).cummax(1).values.flip(1)
+            )  # padding is only what follows the last target
+            with autocast(dtype, device):
+                output = model(tokens_BS, valid_BS=valid_BS)
+                total += cross_entropy(output.hidden, output.head_weight, targets_BS).item()
+            scored += piece.target_bytes
+            sequences, positions = tokens_BS.shape
+            sequence_T = torch.arange(sequences, device=device).repeat_interleave(positions)
+            if output.routing:
+                layers = [
+                    counts_by_group(routing, sequence_T, sequences) for routing in output.routing.values()
+                ]
+                counts_SLE.append(np.stack(layers, axis=1))
+            domain_S += [number] * sequences
+        if scored:
+            nats[domain], size_bytes[domain] = total, scored
+    model.train(training)
+    stacked = np.concatenate(counts_SLE) if counts_SLE else None
+    by_sequence = np.array(domain_S, dtype=np.int64)
+    by_domain = None
+    if stacked is not None:
+        by_domain = np.stack([stacked[by_sequence == number].sum(0) for number in range(len(data.domains))])
+    return Evaluation(
+        bits_per_byte={domain: nats[domain] / math.log(2) / size_bytes[domain] for domain in nats},
+        nats=nats,
+        size_bytes=size_bytes,
+        counts_DLE=by_domain,
+        counts_SLE=stacked,
+        domain_S=by_sequence,
+        seconds=time.perf_counter() - begun,
+    )

@@ -1,0 +1,69 @@
+"""The machine a run is on: what it is, how much memory was used, and an allocator that keeps what it has."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import resource
+import sys
+from pathlib import Path
+
+import torch
+
+__all__ = ["cpu_features", "cpu_name", "host_line", "keep_freed_memory", "peak_memory_bytes"]
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # from malloc.h
+FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
+
+
+def keep_freed_memory() -> bool:
+    """Let this process keep freed memory for itself instead of giving it back to the system.
+
+    By default every large temporary is new memory that the kernel clears page by page; a step of
+    training asks for the same sizes over and over (LOG.md has the timings). Peak memory does not change, resident
+    memory stays near the peak. Has an effect with glibc only.
+
+    Returns:
+        True if it took effect.
+    """
+    if sys.platform != "linux" or platform.libc_ver()[0] != "glibc":
+        return False
+    libc = ctypes.CDLL(None)
+    return bool(libc.mallopt(M_MMAP_MAX, 0)) and bool(libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
+
+
+def peak_memory_bytes() -> int:
+    """Most memory this process has had resident, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def cpu_name() -> str:
+    """The processor's own name for itself."""
+    return _cpuinfo().get("model name") or platform.processor() or platform.machine()
+
+
+def cpu_features() -> dict[str, bool]:
+    """Instruction sets that matter to expert kernels, and whether this processor has them."""
+    flags = _cpuinfo().get("flags", "").split()
+    return {name: name in flags for name in FEATURES}
+
+
+def host_line() -> str:
+    """One line that says what the figures beside it were measured on."""
+    features = " ".join(name for name, there in cpu_features().items() if there)
+    parts = [f"{len(os.sched_getaffinity(0))} cores {cpu_name()}", features, f"torch {torch.__version__}"]
+    if torch.cuda.is_available():
+        parts.append(torch.cuda.get_device_name())
+    return " · ".join(part for part in parts if part)
+
+
+def _cpuinfo() -> dict[str, str]:
+    """The first processor's entry in /proc/cpuinfo; empty where there is none."""
+    path = Path("/proc/cpuinfo")
+    if not path.is_file():
+        return {}
+    first = path.read_text().split("\n\n")[0]
+    pairs = (line.split(":", 1) for line in first.splitlines() if ":" in line)
+    return {key.strip(): value.strip() for key, value in pairs}

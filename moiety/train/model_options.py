@@ -1,0 +1,80 @@
+"""A small model in a dozen numbers: what a person sets when training from scratch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from moiety.config import AttentionConfig, ModelConfig, MoEConfig, check_types, option, require
+
+__all__ = ["ModelOptions"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """The shape of a model to train. `experts=0` makes it dense."""
+
+    d_model: int = option(192, help="width of the residual stream")
+    layers: int = option(4, help="decoder blocks")
+    heads: int = option(3, help="query heads")
+    kv_heads: int = option(0, help="key/value heads; 0 means as many as query heads")
+    d_ff: int = option(256, help="inner width of one expert, or of the dense feed-forward")
+    experts: int = option(8, help="routed experts in each layer; 0 means a dense model")
+    experts_per_token: int = option(2, help="experts that each token is sent to")
+    router: Literal["softmax", "switch", "sigmoid"] = option(
+        "softmax", help="softmax top-k, switch or sigmoid"
+    )
+    renormalize: bool = option(True, help="divide the chosen weights by their sum")
+    selection_bias: bool = option(False, help="balance by a bias on the choice (router sigmoid)")
+    shared_d_ff: int = option(0, help="inner width of an expert every token uses; 0 means none")
+    activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = option(
+        "silu", help="activation of the feed-forwards"
+    )
+    balance_loss: float = option(0.01, help="coefficient of the load-balancing loss")
+    z_loss: float = option(0.001, help="coefficient of the router z-loss")
+    tied: bool = option(True, help="use the token embedding as output head")
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        for name in ("d_model", "heads"):
+            require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be positive")
+        require(self.experts >= 0, f"experts is {self.experts}; it must be 0 (dense) or positive")
+        require(
+            self.d_model % self.heads == 0,
+            f"d_model is {self.d_model}, which {self.heads} heads do not divide evenly",
+            "make d_model a multiple of heads",
+        )
+
+    def config(self, vocab_size: int, max_positions: int) -> ModelConfig:
+        """The full description.
+
+        Raises:
+            ConfigError: the numbers do not fit together.
+        """
+        moe = None
+        if self.experts:
+            moe = MoEConfig(
+                experts=self.experts,
+                experts_per_token=1 if self.router == "switch" else self.experts_per_token,
+                d_ff=self.d_ff,
+                router=self.router,
+                renormalize=self.renormalize,
+                selection_bias=self.selection_bias,
+                shared_d_ff=self.shared_d_ff,
+                activation=self.activation,
+                balance_loss=self.balance_loss,
+                z_loss=self.z_loss,
+            )
+        return ModelConfig(
+            vocab_size=vocab_size,
+            d_model=self.d_model,
+            layers=self.layers,
+            attention=AttentionConfig(
+                heads=self.heads, kv_heads=self.kv_heads or self.heads, head_dim=self.d_model // self.heads
+            ),
+            d_ff=self.d_ff * (self.experts_per_token if self.experts else 1),
+            moe=moe,
+            activation=self.activation,
+            tied=self.tied,
+            max_positions=max_positions,
+        )

@@ -1,0 +1,95 @@
+"""AdamW with named groups, and schedules that are functions of the step."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from moiety.errors import ConfigError
+from moiety.train.options import SCHEDULES, ScheduleName
+
+__all__ = ["build_optimizer", "learning_rate", "set_learning_rate"]
+
+
+def build_optimizer(
+    model: nn.Module,
+    *,
+    weight_decay: float,
+    betas: tuple[float, float],
+    router_scale: float,
+) -> torch.optim.AdamW:
+    """AdamW (arXiv 1711.05101) over three groups: matrices with decay, norms and biases without, routers.
+
+    Each group has `names`, the parameters' names in order, and `scale`, its factor on the learning rate.
+
+    Args:
+        model: Its parameters that require a gradient are optimized.
+        weight_decay: On matrices only; routers and vectors have none.
+        betas: Decay of the two moments.
+        router_scale: Factor on the learning rate of routers (`gate.weight`, `gate.bias`).
+    """
+    groups: dict[str, list[tuple[str, nn.Parameter]]] = {"matrices": [], "vectors": [], "routers": []}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if ".gate." in f".{name}":
+            groups["routers"].append((name, parameter))
+        elif parameter.dim() == 1 or name.endswith("bias"):
+            groups["vectors"].append((name, parameter))
+        else:
+            groups["matrices"].append((name, parameter))
+    settings = {"matrices": (weight_decay, 1.0), "vectors": (0.0, 1.0), "routers": (0.0, router_scale)}
+    return torch.optim.AdamW(
+        [
+            {
+                "params": [parameter for _, parameter in members],
+                "names": [name for name, _ in members],
+                "group": group,
+                "weight_decay": settings[group][0],
+                "scale": settings[group][1],
+            }
+            for group, members in groups.items()
+            if members
+        ],
+        lr=0.0,
+        betas=betas,
+        fused=True,
+    )
+
+
+def learning_rate(
+    step: int, *, schedule: ScheduleName, peak: float, steps: int, warmup: int, final: float, decay: float
+) -> float:
+    """The learning rate of one step, counted from 0.
+
+    Args:
+        step: Which step.
+        schedule: "cosine" (arXiv 1608.03983) falls from the end of the warm-up on; "wsd" (arXiv 2404.06395)
+            stays at the peak and falls linearly over the last `decay` of the run.
+        peak: Highest rate.
+        steps: Steps of the whole run.
+        warmup: Steps of linear rise from 0.
+        final: Rate at the end, as a share of the peak.
+        decay: Share of the run that "wsd" spends falling.
+
+    Raises:
+        ConfigError: no such schedule.
+    """
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    if schedule == "cosine":
+        progress = (step - warmup) / max(steps - warmup, 1)
+        return peak * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
+    if schedule == "wsd":
+        falling = max(round(steps * decay), 1)
+        progress = (step - (steps - falling)) / falling
+        return peak * (1 - (1 - final) * min(max(progress, 0.0), 1.0))
+    raise ConfigError(f"there is no schedule {schedule!r}", hint=f"there are {', '.join(SCHEDULES)}")
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Give every group `rate` times its own scale."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["scale"]

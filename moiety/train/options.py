@@ -1,0 +1,66 @@
+"""How to train: the options, apart from the loop so that reading them needs no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from moiety.config import check_types, option, require
+
+__all__ = ["SCHEDULES", "ScheduleName", "TrainOptions"]
+
+ScheduleName = Literal["cosine", "wsd"]
+SCHEDULES: tuple[ScheduleName, ...] = ("cosine", "wsd")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """How to train. Everything that decides the result is here; what decides the model is `ModelConfig`."""
+
+    steps: int = option(1000, help="optimizer steps")
+    batch: int = option(16, help="sequences in a micro-batch")
+    accumulate: int = option(1, help="micro-batches in a step")
+    length: int = option(256, help="tokens in a sequence")
+    learning_rate: float = option(1e-3, help="highest learning rate")
+    schedule: ScheduleName = option("cosine", help="cosine, or wsd: constant, then a linear fall")
+    warmup: int = option(50, help="steps of linear rise")
+    final_rate: float = option(0.1, help="learning rate at the end, as a share of the highest")
+    decay: float = option(0.2, help="share of the run that wsd spends falling")
+    weight_decay: float = option(0.1, help="AdamW's, on matrices only")
+    beta1: float = option(0.9, help="AdamW's decay of the first moment")
+    beta2: float = option(0.95, help="AdamW's decay of the second moment")
+    clip: float = option(1.0, help="largest norm of the whole gradient; 0 means no clipping")
+    router_rate: float = option(1.0, help="factor on the routers' learning rate")
+    balance_scope: Literal["step", "micro_batch", "sequence"] = option(
+        "step",
+        help="what the load in the balance loss is counted over; 'step' with accumulate > 1 costs a second forward",
+    )
+    dtype: Literal["bf16", "fp32"] = option("fp32", help="bf16 is autocast with float32 master weights")
+    seed: int = option(0, help="seed of the weights and of the data order")
+    evaluate_every: int = option(200, help="steps between evaluations; 0 means only at the end")
+    evaluate_sequences: int = option(64, help="most held-out sequences of a domain in one evaluation")
+    save_every: int = option(500, help="steps between checkpoints; 0 means only at the end")
+    keep: int = option(2, help="checkpoints to keep")
+    most_skips: int = option(10, help="non-finite steps in a row after which the run stops")
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        for name in ("steps", "batch", "accumulate", "length", "keep", "most_skips"):
+            require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be positive")
+        names = (
+            "warmup",
+            "weight_decay",
+            "clip",
+            "evaluate_every",
+            "evaluate_sequences",
+            "save_every",
+            "seed",
+        )
+        for name in names:
+            require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must not be negative")
+        for name in ("final_rate", "decay"):
+            require(0 <= getattr(self, name) <= 1, f"{name} is {getattr(self, name)}; allowed is 0 to 1")
+        for name in ("beta1", "beta2"):
+            require(0 <= getattr(self, name) < 1, f"{name} is {getattr(self, name)}; allowed is 0 to below 1")
+        for name in ("learning_rate", "router_rate"):
+            require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be positive")

@@ -1,0 +1,109 @@
+"""A run's folder: what it was started with, its tokens, and how to go on with it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moiety import config as configs
+from moiety.config import ModelConfig
+from moiety.errors import FormatError, UsageError
+from moiety.model.tokenizer import Tokenizer
+from moiety.storage import write_atomically
+from moiety.train import corpus
+from moiety.train.data import TokenData, build, prepare_tokenizer
+from moiety.train.options import TrainOptions
+
+__all__ = ["RunPlan", "Text", "prepare_text", "read_plan", "write_plan"]
+
+PLAN = "run.json"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Text:
+    """Tokens to train on, the tokenizer that made them, and what a person should know about them."""
+
+    data: TokenData
+    tokenizer: Tokenizer
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunPlan:
+    """What a run was started with; enough to resume it.
+
+    Args:
+        model: The model.
+        train: How it is trained.
+        sources: Texts as they were named; empty for the default corpus.
+        bytes_per_domain: Of the default corpus.
+        vocab_size: Asked of the tokenizer.
+        fingerprint: Of the tokens, so that a resumed run cannot read other text unnoticed.
+    """
+
+    model: ModelConfig
+    train: TrainOptions
+    sources: tuple[str, ...]
+    bytes_per_domain: int
+    vocab_size: int
+    fingerprint: str
+
+
+def prepare_text(
+    folder: Path,
+    sources: Sequence[str],
+    *,
+    vocab_size: int,
+    bytes_per_domain: int = 1_500_000,
+    tokenizer: Tokenizer | None = None,
+) -> Text:
+    """Read texts, learn or take a tokenizer, and lay the tokens down in `folder`; quick the second time.
+
+    Args:
+        folder: `tokenizer/` and `tokens/` are made in here.
+        sources: Files, folders, `FILE:domain=NAME` or `hf:ID`; none means the default corpus.
+        vocab_size: Of a tokenizer to learn.
+        bytes_per_domain: Size of the default corpus.
+        tokenizer: Use this one instead of learning one.
+
+    Raises:
+        DataError: a text cannot be read or is too little.
+    """
+    read = (
+        corpus.read_sources(sources) if sources else corpus.default_corpus(bytes_per_domain=bytes_per_domain)
+    )
+    split = corpus.split_held_out(read.documents)
+    tokenizer = tokenizer or prepare_tokenizer(split, vocab_size, folder / "tokenizer")
+    data = build(split, tokenizer, folder / "tokens")
+    return Text(data=data, tokenizer=tokenizer, notes=(*read.notes, *split.notes, *data.notes))
+
+
+def write_plan(run_folder: Path, plan: RunPlan) -> None:
+    """Put `run.json` into a run's folder."""
+    run_folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(configs.to_dict(plan), indent=2)
+    write_atomically(run_folder / PLAN, text.encode())
+
+
+def read_plan(run_folder: Path) -> RunPlan:
+    """What a run was started with.
+
+    Raises:
+        UsageError: there is no run in this folder.
+        FormatError: `run.json` is damaged.
+    """
+    path = run_folder / PLAN
+    if not path.is_file():
+        raise UsageError(
+            f"{run_folder} holds no run: there is no {PLAN}", hint="start one with `moiety train --out`"
+        )
+    try:
+        values: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise FormatError(
+            f"{path} is not JSON: {error}", hint="start the run anew in another folder"
+        ) from error
+    return configs.from_dict(RunPlan, values)
