@@ -14,7 +14,7 @@ from moiety.infer.options import SamplingOptions
 
 __all__ = ["app"]
 
-app = App(name="moiety generate", help="Continue a prompt with a trained model.")
+app = App(name="moiety generate", version_flags=[], help="Continue a prompt with a trained model.")
 
 
 @app.default

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["app"]
 
-app = App(name="moiety train", help="Train a model on your text, or resume a run.")
+app = App(name="moiety train", version_flags=[], help="Train a model on your text, or resume a run.")
 
 Flag = Parameter(negative="")
 
@@ -45,36 +45,32 @@ def train(
     from moiety.train.state import latest_checkpoint
 
     console = talk()
-    if resume:
-        plan = read_plan(out)
+    if not resume and (out / "run.json").exists() and not dry_run:
+        raise UsageError(f"{out} already holds a run", hint="--resume goes on with it; --out names another folder")
+    plan = read_plan(out) if resume else None
+    if plan is not None:
         sources, vocab_size, bytes_per_domain = plan.sources, plan.vocab_size, plan.bytes_per_domain
-    elif (out / "run.json").exists() and not dry_run:
-        raise UsageError(
-            f"{out} already holds a run", hint="--resume goes on with it; --out names another folder"
-        )
     text = prepare_text(out, sources, vocab_size=vocab_size, bytes_per_domain=bytes_per_domain)
     for note in text.notes:
-        console.print(note)
+        console.print(note, style="dim")
     checkpoint = None
-    if resume:
+    if plan is not None:
         if plan.fingerprint != text.data.fingerprint:
             raise UsageError(
-                "the texts are not those the run was started with",
-                hint="start a new run in another --out folder",
+                "the texts are not those the run was started with", hint="start a new run in another --out folder"
             )
         found = latest_checkpoint(out)
         for line in found.damaged:
             console.print(line)
         checkpoint = found.path
-    else:
-        plan = RunPlan(
-            model=model.config(text.tokenizer.vocab_size, options.length),
-            train=options,
-            sources=tuple(sources),
-            bytes_per_domain=bytes_per_domain,
-            vocab_size=vocab_size,
-            fingerprint=text.data.fingerprint,
-        )
+    plan = plan or RunPlan(
+        model=model.config(text.tokenizer.vocab_size, options.length),
+        train=options,
+        sources=tuple(sources),
+        bytes_per_domain=bytes_per_domain,
+        vocab_size=vocab_size,
+        fingerprint=text.data.fingerprint,
+    )
     console.print(_describe(plan, text.data.train_tokens))
     if dry_run:
         return 0

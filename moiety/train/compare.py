@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import statistics
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
 from moiety import cost
 from moiety.config import ModelConfig
+from moiety.errors import ConfigError
 from moiety.infer.generate import generate
 from moiety.infer.options import SamplingOptions
 from moiety.model.tokenizer import Tokenizer
@@ -19,9 +21,10 @@ from moiety.model.transformer import Transformer
 from moiety.train.data import TokenData
 from moiety.train.evaluate import Evaluation
 from moiety.train.loop import StepRecord, Stop, train
+from moiety.train.model_options import ModelOptions
 from moiety.train.options import TrainOptions
 
-__all__ = ["Contender", "decode_speed", "race"]
+__all__ = ["Contender", "Spread", "decode_speed", "over_seeds", "pair", "race"]
 
 
 @dataclass(kw_only=True, eq=False)
@@ -115,3 +118,65 @@ def decode_speed(model: Transformer, *, tokens: int = 64) -> float:
     begun = time.perf_counter()
     count = sum(1 for _ in stream)
     return count / (time.perf_counter() - begun)
+
+
+def pair(
+    model: ModelOptions,
+    options: TrainOptions,
+    *,
+    vocab_size: int,
+    dense_learning_rate: float | None = None,
+) -> tuple[Contender, Contender]:
+    """An MoE and its dense twin of equal active parameters, to be trained on the same tokens.
+
+    Args:
+        model: The MoE.
+        options: How both are trained.
+        vocab_size: Of the tokenizer.
+        dense_learning_rate: The twin's own best rate; None takes the MoE's.
+
+    Raises:
+        ConfigError: `model` is dense already.
+    """
+    config = model.config(vocab_size, options.length)
+    if config.moe is None:
+        raise ConfigError("a dense model has no dense twin", hint="set experts to 2 or more")
+    rate = options.learning_rate if dense_learning_rate is None else dense_learning_rate
+    return (
+        Contender(name="moe", config=config, options=options),
+        Contender(name="dense", config=cost.dense_twin(config), options=replace(options, learning_rate=rate)),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spread:
+    """A figure over several seeds."""
+
+    mean: float
+    deviation: float
+    values: tuple[float, ...]
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """Mean and sample standard deviation."""
+        deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+        return cls(mean=statistics.fmean(values), deviation=deviation, values=tuple(values))
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3f} ± {self.deviation:.3f}" if len(self.values) > 1 else f"{self.mean:.3f}"
+
+
+def over_seeds(finished: Sequence[Sequence[Contender]]) -> dict[str, dict[str, Spread]]:
+    """Bits per byte by domain and mean, and tokens per second, of each contender over seeds.
+
+    Args:
+        finished: For each seed the contenders after their race, in the same order.
+    """
+    result: dict[str, dict[str, Spread]] = {}
+    for same in zip(*finished, strict=True):
+        figures = {"mean": Spread.of([one.evaluation.mean_bits_per_byte for one in same])}
+        for domain in same[0].evaluation.bits_per_byte:
+            figures[domain] = Spread.of([one.evaluation.bits_per_byte[domain] for one in same])
+        figures["tokens_per_second"] = Spread.of([one.tokens_per_second for one in same])
+        result[same[0].name] = figures
+    return result
