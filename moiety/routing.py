@@ -180,10 +180,10 @@ class Routing:
         per_token_T = torch.bincount(self.token_N, minlength=self.tokens)
         return per_token_T.cumsum(0) - per_token_T
 
-    @property
-    def valid_tokens(self) -> int | Tensor:
+    @cached_property
+    def valid_tokens(self) -> int:
         """Tokens that are not padding."""
-        return self.tokens if self.valid_T is None else self.valid_T.sum()
+        return self.tokens if self.valid_T is None else int(self.valid_T.sum())
 
     def at_pairs(self, value_TE: Tensor) -> Tensor:
         """The entries of a dense (T, E) matrix at the chosen pairs, (N,); differentiable."""

@@ -273,6 +273,7 @@ def grouped_linear(
 ) -> Tensor:
     """y = x W_e^T + b_e for rows sorted by expert; see `reference.grouped_linear`, which defines it."""
     ends = counts_E.cumsum(0).tolist()
+    assert ends[-1:] == [len(x_ND)], (ends[-1:], x_ND.shape)
     starts = [0, *ends[:-1]]
     slices = [(e, a, b) for e, (a, b) in enumerate(zip(starts, ends, strict=True)) if b > a]
     y_NF: Tensor = _GroupedLinear.apply(x_ND, weight_EFD, slices)

@@ -12,7 +12,11 @@ from moiety.infer.options import SamplingOptions
 
 __all__ = ["app"]
 
-app = App(name="moiety chat", version_flags=[], help="Talk to a trained model, line by line; an empty line or Ctrl-D ends.")
+app = App(
+    name="moiety chat",
+    version_flags=[],
+    help="Talk to a trained model, line by line; an empty line or Ctrl-D ends.",
+)
 
 
 @app.default

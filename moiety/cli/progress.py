@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from moiety.cli.output import talk
 from moiety.train.compare import Contender
-from moiety.train.loop import StepRecord
+from moiety.train.loop import StepRecord, Stop
+from moiety.train.loop import train as steps_of
+from moiety.train.run import RunPlan, Text
+from moiety.train.state import read_state
+from moiety.train.track import open_trackers, values_of
 
-__all__ = ["TrainingDisplay"]
+__all__ = ["TrainingDisplay", "train_shown"]
 
 PLAIN_EVERY = 20  # lines of a log that is not a terminal: about this many per run
 
@@ -68,3 +74,31 @@ class TrainingDisplay:
             self.console.print(f"{contender.name}: step {step}, {bits:.3f} bits/byte on held-out text")
         if not self.console.is_terminal and step % max(contender.options.steps // PLAIN_EVERY, 1) == 0:
             self.console.print(f"{contender.name}: step {step}, {loss}, {speed} {router}".rstrip())
+
+
+def train_shown(
+    plan: RunPlan, text: Text, out: Path, checkpoint: Path | None, stop: Stop, trackers: tuple[str, ...]
+) -> StepRecord | None:
+    """All steps, shown and tracked; the last record, or None when there was nothing left to do."""
+    contender = Contender(name=out.name, config=plan.model, options=plan.train)
+    done = 0 if checkpoint is None else read_state(checkpoint).step
+    open_now = open_trackers(trackers, out, after_step=done)
+    record = None
+    try:
+        with TrainingDisplay([contender], talk()) as display:
+            for record in steps_of(
+                contender.build(),
+                text.data,
+                plan.train,
+                run_folder=out,
+                tokenizer=text.tokenizer,
+                resume=checkpoint,
+                stop=stop,
+            ):
+                display.show(contender, record)
+                for tracker in open_now:
+                    tracker.log(record.state.step, values_of(record))
+    finally:
+        for tracker in open_now:
+            tracker.close()
+    return record

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from cyclopts import App, Parameter
 
-from moiety import cost
-from moiety.cli.output import interruptible, print_json, short, talk
+from moiety.cli.output import interruptible, print_json, talk
 from moiety.errors import UsageError
 from moiety.train.model_options import ModelOptions
 from moiety.train.options import TrainOptions
-
-if TYPE_CHECKING:
-    from moiety.train.loop import StepRecord, Stop
-    from moiety.train.run import RunPlan, Text
 
 __all__ = ["app"]
 
@@ -40,13 +35,16 @@ def train(
     json: Annotated[bool, Flag, Parameter(help="print the result as JSON")] = False,
 ) -> int:
     """Train from scratch on texts: files, folders, FILE:domain=NAME or hf:ID; none means the default corpus."""
+    from moiety.cli.progress import train_shown
     from moiety.train.host import keep_freed_memory
-    from moiety.train.run import RunPlan, prepare_text, read_plan, write_plan
+    from moiety.train.run import RunPlan, describe, prepare_text, read_plan, write_plan
     from moiety.train.state import latest_checkpoint
 
     console = talk()
     if not resume and (out / "run.json").exists() and not dry_run:
-        raise UsageError(f"{out} already holds a run", hint="--resume goes on with it; --out names another folder")
+        raise UsageError(
+            f"{out} already holds a run", hint="--resume goes on with it; --out names another folder"
+        )
     plan = read_plan(out) if resume else None
     if plan is not None:
         sources, vocab_size, bytes_per_domain = plan.sources, plan.vocab_size, plan.bytes_per_domain
@@ -57,7 +55,8 @@ def train(
     if plan is not None:
         if plan.fingerprint != text.data.fingerprint:
             raise UsageError(
-                "the texts are not those the run was started with", hint="start a new run in another --out folder"
+                "the texts are not those the run was started with",
+                hint="start a new run in another --out folder",
             )
         found = latest_checkpoint(out)
         for line in found.damaged:
@@ -71,13 +70,13 @@ def train(
         vocab_size=vocab_size,
         fingerprint=text.data.fingerprint,
     )
-    console.print(_describe(plan, text.data.train_tokens))
+    console.print(describe(plan, text.data.train_tokens))
     if dry_run:
         return 0
     write_plan(out, plan)
     keep_freed_memory()
     with interruptible(console, "the step at hand is finished, then saved") as stop:
-        last = _run(plan, text, out, checkpoint, stop, track)
+        last = train_shown(plan, text, out, checkpoint, stop, track)
     done = last is None or last.state.step == plan.train.steps
     if not done:
         console.print(f"stopped and saved; go on with: moiety train --resume --out {out}")
@@ -88,54 +87,3 @@ def train(
     elif done:
         print(f"done: {out}; try: moiety generate {out} 'def '")
     return 0
-
-
-def _describe(plan: RunPlan, text_tokens: int) -> str:
-    """One paragraph: what will be trained, on how much, for how many operations."""
-    counts, options = cost.parameters(plan.model), plan.train
-    tokens = options.steps * options.batch * options.accumulate * options.length
-    flops = tokens * cost.training_flops_per_token(plan.model, options.length // 2).total
-    lines = [
-        f"model: {short(counts.total)} parameters, {short(counts.active)} active for one token",
-        f"text: {short(text_tokens)} tokens; training: {short(tokens)} tokens, {tokens / text_tokens:.2f} epochs, "
-        f"{short(flops)} FLOP",
-    ]
-    if options.accumulate > 1 and options.balance_scope == "step" and plan.model.moe is not None:
-        lines.append(
-            "balance over the whole step costs a second forward pass; --balance-scope micro_batch does not"
-        )
-    return "\n".join(lines)
-
-
-def _run(
-    plan: RunPlan, text: Text, out: Path, checkpoint: Path | None, stop: Stop, trackers: tuple[str, ...]
-) -> StepRecord | None:
-    """All steps, shown and tracked; the last record, or None when there was nothing left to do."""
-    from moiety.cli.progress import TrainingDisplay
-    from moiety.train.compare import Contender
-    from moiety.train.loop import train as steps_of
-    from moiety.train.state import read_state
-    from moiety.train.track import open_trackers, values_of
-
-    contender = Contender(name=out.name, config=plan.model, options=plan.train)
-    done = 0 if checkpoint is None else read_state(checkpoint).step
-    open_now = open_trackers(trackers, out, after_step=done)
-    record = None
-    try:
-        with TrainingDisplay([contender], talk()) as display:
-            for record in steps_of(
-                contender.build(),
-                text.data,
-                plan.train,
-                run_folder=out,
-                tokenizer=text.tokenizer,
-                resume=checkpoint,
-                stop=stop,
-            ):
-                display.show(contender, record)
-                for tracker in open_now:
-                    tracker.log(record.state.step, values_of(record))
-    finally:
-        for tracker in open_now:
-            tracker.close()
-    return record

@@ -15,18 +15,18 @@ from moiety.routing import Routing
 __all__ = ["load_balance_loss", "sequence_balance_loss", "update_bias", "z_loss"]
 
 
-def _logits(routing: Routing) -> Tensor:
-    assert routing.logits_TE is not None, "this routing was made without logits"
-    return routing.logits_TE
+def _shares(routing: Routing) -> Tensor:
+    """Scores scaled to sum to 1 per token, (T, E); zero for padding, whatever stands there."""
+    assert routing.score_TE is not None, "this routing was made without scores"
+    score_TE = routing.score_TE
+    if routing.valid_T is not None:
+        score_TE = score_TE.masked_fill(~routing.valid_T[:, None], 0.0)
+    return score_TE / score_TE.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(score_TE.dtype).tiny)
 
 
 def _mean_probability(routing: Routing) -> Tensor:
     """Mean over real tokens of the scores, scaled to sum to 1 per token, (E,)."""
-    assert routing.score_TE is not None, "this routing was made without scores"
-    share_TE = routing.score_TE / routing.score_TE.sum(dim=-1, keepdim=True)
-    if routing.valid_T is None:
-        return share_TE.sum(0) / max(routing.tokens, 1)
-    return (share_TE * routing.valid_T[:, None]).sum(0) / routing.valid_T.sum().clamp(min=1)
+    return _shares(routing).sum(0) / max(routing.valid_tokens, 1)
 
 
 def load_balance_loss(routing: Routing, load_E: Tensor | None = None) -> Tensor:
@@ -43,9 +43,10 @@ def load_balance_loss(routing: Routing, load_E: Tensor | None = None) -> Tensor:
     Returns:
         A scalar; 0 when there is no pair at all.
     """
-    load_E = (routing.counts_E if load_E is None else load_E).to(torch.float32)
+    probability_E = _mean_probability(routing)
+    load_E = (routing.counts_E if load_E is None else load_E).to(probability_E.dtype)
     fraction_E = load_E / load_E.sum().clamp(min=1)
-    return routing.experts * (fraction_E * _mean_probability(routing)).sum()
+    return routing.experts * (fraction_E * probability_E).sum()
 
 
 def sequence_balance_loss(routing: Routing, sequences: int) -> Tensor:
@@ -55,20 +56,16 @@ def sequence_balance_loss(routing: Routing, sequences: int) -> Tensor:
         routing: Of `sequences` sequences of equal length, one after the other; padding inside is allowed.
         sequences: How many.
     """
-    assert routing.score_TE is not None and routing.tokens % sequences == 0, (routing.tokens, sequences)
-    length = routing.tokens // sequences
-    share_TE = routing.score_TE / routing.score_TE.sum(dim=-1, keepdim=True)
+    assert sequences > 0 and routing.tokens % sequences == 0, (routing.tokens, sequences)
+    length, experts = routing.tokens // sequences, routing.experts
+    share_TE = _shares(routing)
     valid_T = (
         torch.ones_like(share_TE[:, 0]) if routing.valid_T is None else routing.valid_T.to(share_TE.dtype)
     )
     tokens_B = valid_T.view(sequences, length).sum(1)
-    probability_BE = (share_TE * valid_T[:, None]).view(sequences, length, -1).sum(1) / tokens_B[
-        :, None
-    ].clamp(min=1)
-    cell_N = routing.token_N.div(length, rounding_mode="floor") * routing.experts + routing.expert_N
-    counts_BE = (
-        torch.bincount(cell_N, minlength=sequences * routing.experts).view(sequences, -1).to(share_TE.dtype)
-    )
+    probability_BE = share_TE.view(sequences, length, experts).sum(1) / tokens_B[:, None].clamp(min=1)
+    cell_N = routing.token_N.div(max(length, 1), rounding_mode="floor") * experts + routing.expert_N
+    counts_BE = torch.bincount(cell_N, minlength=sequences * experts).view(sequences, experts)
     fraction_BE = counts_BE / counts_BE.sum(1, keepdim=True).clamp(min=1)
     loss_B = routing.experts * (fraction_BE * probability_BE).sum(1)
     return (loss_B * tokens_B).sum() / tokens_B.sum().clamp(min=1)
@@ -76,10 +73,14 @@ def sequence_balance_loss(routing: Routing, sequences: int) -> Tensor:
 
 def z_loss(routing: Routing) -> Tensor:
     """Mean over real tokens of logsumexp(logits)^2, which keeps logits small (arXiv 2202.08906 eq. 5)."""
-    squared_T = _logits(routing).logsumexp(dim=-1).square()
-    if routing.valid_T is None:
-        return squared_T.sum() / max(routing.tokens, 1)
-    return (squared_T * routing.valid_T).sum() / routing.valid_T.sum().clamp(min=1)
+    assert routing.logits_TE is not None, "this routing was made without logits"
+    logits_TE = routing.logits_TE
+    if routing.valid_T is not None:
+        logits_TE = logits_TE.masked_fill(~routing.valid_T[:, None], 0.0)
+    squared_T = logits_TE.logsumexp(dim=-1).square()
+    if routing.valid_T is not None:
+        squared_T = squared_T * routing.valid_T
+    return squared_T.sum() / max(routing.valid_tokens, 1)
 
 
 @torch.no_grad()

@@ -41,8 +41,9 @@ class _RouterLogits(torch.autograd.Function):
     def backward(ctx: Any, grad_TE: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x_TD, weight_ED = ctx.saved_tensors
         need_x, need_weight, need_bias = ctx.needs_input_grad
-        grad_x = (grad_TE @ weight_ED.to(grad_TE.dtype)).to(x_TD.dtype) if need_x else None
-        grad_weight = (grad_TE.t() @ x_TD.to(grad_TE.dtype)).to(weight_ED.dtype) if need_weight else None
+        with torch.autocast(x_TD.device.type, enabled=False):
+            grad_x = (grad_TE @ weight_ED.to(grad_TE.dtype)).to(x_TD.dtype) if need_x else None
+            grad_weight = (grad_TE.t() @ x_TD.to(grad_TE.dtype)).to(weight_ED.dtype) if need_weight else None
         return grad_x, grad_weight, grad_TE.sum(0) if need_bias else None
 
 
@@ -92,9 +93,11 @@ class MoE(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        for name, size in (("d_model", d_model), ("d_ff", d_ff), ("experts", experts)):
-            if size < 1:
-                raise ConfigError(f"{name} is {size}; it must be positive")
+        for name, size, least in (
+            ("d_model", d_model, 1), ("d_ff", d_ff, 1), ("experts", experts, 1), ("shared_d_ff", shared_d_ff, 0)
+        ):  # fmt: skip
+            if size < least:
+                raise ConfigError(f"{name} is {size}; it must be at least {least}")
         if shared_gate and shared_d_ff < 1:
             raise ConfigError("shared_gate is set, but shared_d_ff is 0: there is no shared expert to gate")
         router.check(experts)
@@ -134,7 +137,8 @@ class MoE(nn.Module):
         bias_E = self.selection_bias
         super()._apply(fn, recurse)
         if bias_E is not None and self.selection_bias is not None:
-            self.selection_bias = bias_E.to(self.selection_bias.device)
+            source_E = self.selection_bias if bias_E.is_meta else bias_E
+            self.selection_bias = source_E.to(self.selection_bias.device, torch.float32)
         return self
 
     def route(self, x_TD: Tensor, *, valid_T: Tensor | None = None, pinned: Routing | None = None) -> Routing:
@@ -143,8 +147,18 @@ class MoE(nn.Module):
         Args:
             x_TD: Tokens, (T, D).
             valid_T: Bool (T,), False for padding.
-            pinned: Make exactly these pairs and only weigh them anew.
+            pinned: Make exactly these pairs and only weigh them anew; its own padding holds, not `valid_T`.
+
+        Raises:
+            ConfigError: `pinned` is of other tokens or experts.
         """
+        experts = self.gate.out_features
+        if pinned is not None and (pinned.tokens, pinned.experts) != (len(x_TD), experts):
+            raise ConfigError(
+                f"the pinned routing is of {pinned.tokens} tokens and {pinned.experts} experts, "
+                f"this layer has {len(x_TD)} and {experts}",
+                hint="pin a routing that this layer made, for the same tokens",
+            )
         with torch.autocast(x_TD.device.type, enabled=False):
             logits_TE: Tensor = _RouterLogits.apply(x_TD, self.gate.weight, self.gate.bias)
             score_TE = self.router.score(logits_TE)

@@ -25,6 +25,9 @@ from moiety.routing import Routing, top_k
 __all__ = ["ROUTERS", "Router", "RouterContext", "SigmoidTopK", "Switch", "TopK", "from_config"]
 
 
+TINY = torch.finfo(torch.float32).tiny  # a pinned choice may have scores that all underflow to 0
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RouterContext:
     """What a router may look at besides the scores.
@@ -71,6 +74,8 @@ def _check_k(k: int, experts: int) -> None:
 
 
 def _check_groups(k: int, experts: int, groups: int, kept: int, best: int) -> None:
+    if groups == 1:
+        return
     if not 1 <= kept <= groups or experts % groups or not 1 <= best <= experts // groups:
         raise ConfigError(
             f"groups={groups}, groups_kept={kept}, group_best={best} do not fit {experts} experts",
@@ -126,7 +131,7 @@ class TopK:
     def weigh(self, score_TE: Tensor, pairs: Routing) -> Tensor:
         weight_N = pairs.at_pairs(score_TE)
         if self.renormalize:
-            weight_N = weight_N / pairs.sum_by_token(weight_N).index_select(0, pairs.token_N)
+            weight_N = weight_N / pairs.sum_by_token(weight_N).clamp(min=TINY).index_select(0, pairs.token_N)
         return weight_N * self.scale if self.scale != 1.0 else weight_N
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from moiety import cost
-from moiety.config import ModelConfig
+from moiety.config import ModelConfig, require
 from moiety.errors import ConfigError
 from moiety.infer.generate import generate
 from moiety.infer.options import SamplingOptions
@@ -24,7 +24,7 @@ from moiety.train.loop import StepRecord, Stop, train
 from moiety.train.model_options import ModelOptions
 from moiety.train.options import TrainOptions
 
-__all__ = ["Contender", "Spread", "decode_speed", "over_seeds", "pair", "race"]
+__all__ = ["Contender", "Spread", "decode_speed", "over_seeds", "pair", "race", "seeded_pairs"]
 
 
 @dataclass(kw_only=True, eq=False)
@@ -146,6 +146,31 @@ def pair(
         Contender(name="moe", config=config, options=options),
         Contender(name="dense", config=cost.dense_twin(config), options=replace(options, learning_rate=rate)),
     )
+
+
+def seeded_pairs(
+    model: ModelOptions,
+    options: TrainOptions,
+    *,
+    seeds: int,
+    vocab_size: int,
+    dense_learning_rate: float | None = None,
+) -> list[tuple[Contender, Contender]]:
+    """One `pair` for each of `seeds` seeds, from the options' own on.
+
+    Raises:
+        ConfigError: `model` is dense already, or `seeds` is not positive.
+    """
+    require(seeds > 0, f"seeds is {seeds}; it must be positive")
+    return [
+        pair(
+            model,
+            replace(options, seed=options.seed + number),
+            vocab_size=vocab_size,
+            dense_learning_rate=dense_learning_rate,
+        )
+        for number in range(seeds)
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moiety import config as configs
+from moiety import cost
 from moiety.config import ModelConfig
 from moiety.errors import FormatError, UsageError
 from moiety.model.tokenizer import Tokenizer
@@ -17,7 +18,7 @@ from moiety.train import corpus
 from moiety.train.data import TokenData, build, prepare_tokenizer
 from moiety.train.options import TrainOptions
 
-__all__ = ["RunPlan", "Text", "prepare_text", "read_plan", "write_plan"]
+__all__ = ["RunPlan", "Text", "describe", "prepare_text", "read_plan", "write_plan"]
 
 PLAN = "run.json"
 
@@ -107,3 +108,28 @@ def read_plan(run_folder: Path) -> RunPlan:
             f"{path} is not JSON: {error}", hint="start the run anew in another folder"
         ) from error
     return configs.from_dict(RunPlan, values)
+
+
+def describe(plan: RunPlan, text_tokens: int) -> str:
+    """What will be trained, on how much, for how many operations; a few lines."""
+    counts, options = cost.parameters(plan.model), plan.train
+    tokens = options.steps * options.batch * options.accumulate * options.length
+    flops = tokens * cost.training_flops_per_token(plan.model, options.length // 2).total
+    lines = [
+        f"model: {_short(counts.total)} parameters, {_short(counts.active)} active for one token",
+        f"text: {_short(text_tokens)} tokens; training: {_short(tokens)} tokens, {tokens / text_tokens:.2f} epochs, "
+        f"{_short(flops)} FLOP",
+    ]
+    if options.accumulate > 1 and options.balance_scope == "step" and plan.model.moe is not None:
+        lines.append(
+            "balance over the whole step costs a second forward pass; --balance-scope micro_batch does not"
+        )
+    return "\n".join(lines)
+
+
+def _short(number: float) -> str:
+    """Three digits and a unit."""
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:.3g}"
