@@ -58,13 +58,13 @@ fix: $(STAMP) ## format, and repair what the linter can
 	$(BIN)/ruff check --fix
 
 bench: $(STAMP) ## every bench script, quick version; each ends with one line of JSON
-	@for script in bench/*.py; do echo "== $$script" >&2; $(BIN)/python $$script --quick; done
+	@for script in bench/[a-z]*.py; do echo "== $$script" >&2; $(BIN)/python $$script --quick; done
 
 gpu-check: ## tests marked gpu and every bench on CUDA; fails, and says so, without one
 	@$(GPU_PYTHON) -c 'import torch; raise SystemExit(0 if torch.cuda.is_available() else 3)' || \
 	    { echo "gpu-check: $(GPU_PYTHON) finds no CUDA device, nothing was checked" >&2; exit 3; }
 	$(GPU_PYTHON) -m pytest -q -m gpu
-	@for script in bench/*.py; do echo "== $$script" >&2; $(GPU_PYTHON) $$script --quick --device cuda; done
+	@for script in bench/[a-z]*.py; do echo "== $$script" >&2; $(GPU_PYTHON) $$script --quick --device cuda; done
 
 docs: $(STAMP) ## write docs/cli.md from the commands themselves
 	$(BIN)/python tools/cli_docs.py > docs/cli.md.part

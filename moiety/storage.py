@@ -38,6 +38,7 @@ __all__ = [
     "new_folder",
     "read_json",
     "remove_folder",
+    "set_aside",
     "sweep",
     "verify",
     "write_atomically",
@@ -215,6 +216,20 @@ def remove_folder(path: str | Path) -> None:
         shutil.rmtree(trash, ignore_errors=True)
 
 
+def set_aside(path: str | Path) -> Path:
+    """Give a damaged folder another name beside its own, so that a new one can be written; nothing is lost.
+
+    Raises:
+        StorageError: the system refused.
+    """
+    target = Path(os.path.abspath(path))
+    aside = target.with_name(f"{target.name}.damaged-{secrets.token_hex(4)}")
+    with _refusals(target, None, verb="rename"):
+        os.rename(target, aside)
+        _sync(target.parent)
+    return aside
+
+
 def inside(folder: Path, name: str) -> Path:
     """The regular file `name` of `folder`, whoever wrote the name.
 
@@ -253,16 +268,7 @@ def read_json(path: Path, *, finite: bool = True) -> dict[str, Any]:
         FormatError: missing, cut, too large, or not such an object.
         StorageError: the system refused to read.
     """
-    text = _read_text(path)
-    try:
-        loaded = json.loads(
-            text, object_pairs_hook=_no_key_twice, parse_constant=_no_constant if finite else None
-        )
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path} is not whole JSON: {error}", hint="it was cut or changed") from error
-    if not isinstance(loaded, dict):
-        raise FormatError(f"{path} holds a {type(loaded).__name__}, not an object with named values")
-    return loaded
+    return _parse_json(path, _read_text(path), finite=finite)
 
 
 def sweep(parent: Path) -> None:
@@ -506,7 +512,8 @@ def _read_manifest(folder: Path) -> dict[str, FileRecord]:
     if not os.path.lexists(folder / MANIFEST):
         raise FormatError(f"{folder} has no {MANIFEST}", hint="it was not finished, or not written by us")
     file = inside(folder, MANIFEST)
-    loaded = read_json(file)
+    text = _read_text(file)  # once: another process may be replacing the folder
+    loaded = _parse_json(file, text, finite=True)
     if loaded.get("format") != FORMAT:
         raise FormatError(f"{file} is not a manifest of ours")
     if loaded.get("version") != VERSION:
@@ -522,7 +529,7 @@ def _read_manifest(folder: Path) -> dict[str, FileRecord]:
         if not isinstance(size_bytes, int) or not isinstance(digest, str):
             raise FormatError(f"{file} describes {name!r} as {record!r}, not by size and sha256")
         records[name] = FileRecord(size_bytes, digest)
-    if _read_text(file) != _manifest_bytes(records).decode():
+    if text != _manifest_bytes(records).decode():
         raise FormatError(
             f"{file} was changed: it does not agree with its seal", hint="use another checkpoint"
         )
@@ -545,6 +552,18 @@ def _read_text(path: Path) -> str:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise FormatError(f"{path} is not UTF-8: {error.reason} at byte {error.start}") from error
+
+
+def _parse_json(path: Path, text: str, *, finite: bool) -> dict[str, Any]:
+    try:
+        loaded = json.loads(
+            text, object_pairs_hook=_no_key_twice, parse_constant=_no_constant if finite else None
+        )
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{path} is not whole JSON: {error}", hint="it was cut or changed") from error
+    if not isinstance(loaded, dict):
+        raise FormatError(f"{path} holds a {type(loaded).__name__}, not an object with named values")
+    return loaded
 
 
 def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from moiety.cost import (
 )
 from moiety.errors import ConfigError
 from moiety.registry import REGISTRY, lookup, lookup_decoder
+from tests import tiny
 
 DECODERS = [name for name in REGISTRY if not name.startswith("switch-")]
 Twin = tuple[ModelConfig, Any]
@@ -133,9 +134,7 @@ def olmoe(draw: random.Random) -> Twin:
 def gpt_oss(draw: random.Random) -> Twin:
     sizes = sizes_of(draw)
     attention = {"qkv_bias": True, "out_bias": True, "sinks": True, "window": 5}
-    config = ours(
-        sizes, False, attention=attention, moe={"router_bias": True, "bias": True}
-    )
+    config = ours(sizes, False, attention=attention, moe={"router_bias": True, "bias": True})
     return config, transformers.GptOssConfig(**theirs(sizes, False, "num_local_experts", head_dim=8))
 
 
@@ -341,3 +340,23 @@ def test_dense_twin_takes_the_gating_of_the_experts() -> None:
     assert (twin.gated, twin.activation) == (False, "relu")
     assert twin.d_ff == round((2 * 2 * 2 * 16 + 3 * 40) / (2 * 3))
     assert dense_twin(config_of()) == config_of()
+
+
+@pytest.mark.parametrize("name", tiny.CONFIGS)
+def test_counts_are_those_of_our_own_model(name: str) -> None:
+    """Active is counted by what the gradient of one token reaches: an expert as a whole, all else in full."""
+    config = tiny.CONFIGS[name]
+    counts, model = parameters(config), tiny.model(name, dtype=torch.float64)
+    biases = sum(b.numel() for buffer, b in model.named_buffers() if buffer.endswith("selection_bias"))
+    assert counts.total == biases + sum(p.numel() for p in model.parameters())
+    model(tiny.tokens(config, 1, 1)).logits.square().sum().backward()
+    touched = biases
+    for parameter_name, parameter in model.named_parameters():
+        assert parameter.grad is not None, parameter_name
+        if ".experts." in parameter_name:
+            used_E = (parameter.grad != 0).flatten(1).any(dim=1)
+            touched += int(used_E.sum()) * parameter[0].numel()
+        else:
+            touched += parameter.numel()
+    assert counts.active == touched
+    assert (counts.active < counts.total) == (config.moe is not None)

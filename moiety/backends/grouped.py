@@ -17,7 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moiety.backends.matmul import multiply_into, multiply_rows, multiply_rows_back, prefers_onednn
+from moiety.backends.matmul import (
+    multiply_into,
+    multiply_rows_back,
+    multiply_rows_into,
+    prefers_onednn,
+)
 from moiety.backends.weights import ExpertWeights, activation
 from moiety.routing import Routing
 
@@ -79,10 +84,11 @@ class _Rows:
         self.one = chunk.expert_stop - chunk.expert == 1
         self.ends = None if self.one else (ends_E[self.experts] - chunk.row).to(torch.int32)
 
-    def forward(self, x_ND: Tensor, weight_EFD: Tensor) -> Tensor:
+    def forward(self, out_NF: Tensor, x_ND: Tensor, weight_EFD: Tensor) -> None:
         if self.one:
-            return multiply_rows(x_ND, weight_EFD[self.experts.start])
-        return F.grouped_mm(x_ND, weight_EFD[self.experts].transpose(1, 2), offs=self.ends)
+            multiply_rows_into(out_NF, x_ND, weight_EFD[self.experts.start])
+        else:
+            out_NF.copy_(F.grouped_mm(x_ND, weight_EFD[self.experts].transpose(1, 2), offs=self.ends))
 
     def backward(self, grad_NF: Tensor, weight_EFD: Tensor) -> Tensor:
         if self.one:
@@ -164,15 +170,15 @@ class _ExpertMLP(torch.autograd.Function):
         expert_N = routing.expert_N if up_bias is not None or down_bias is not None else None
         for chunk in plan.chunks:
             rows, multiply = slice(chunk.row, chunk.row_stop), _Rows(chunk, plan.ends_E)
-            pre = multiply.forward(x_TD.index_select(0, routing.token_N[rows]), up)
+            pre = pre_NF[rows]
+            multiply.forward(pre, x_TD.index_select(0, routing.token_N[rows]), up)
             if up_bias is not None and expert_N is not None:
                 pre += up_bias.index_select(0, expert_N[rows])
-            pre_NF[rows] = pre
             if weights.gated:
                 hidden = act.forward(pre[:, : weights.d_ff]).mul_(pre[:, weights.d_ff :])
             else:
                 hidden = act.forward(pre)
-            y_ND[rows] = multiply.forward(hidden, down)
+            multiply.forward(y_ND[rows], hidden, down)
             if down_bias is not None and expert_N is not None:
                 y_ND[rows] += down_bias.index_select(0, expert_N[rows])
         ctx.save_for_backward(x_TD, weight_N, up, down, pre_NF, up_bias, down_bias)
@@ -248,7 +254,7 @@ class _GroupedLinear(torch.autograd.Function):
     def forward(ctx: Any, x_ND: Tensor, weight_EFD: Tensor, slices: list[tuple[int, int, int]]) -> Tensor:
         y_NF = x_ND.new_empty(x_ND.shape[0], weight_EFD.shape[1])
         for expert, start, stop in slices:
-            y_NF[start:stop] = multiply_rows(x_ND[start:stop], weight_EFD[expert])
+            multiply_rows_into(y_NF[start:stop], x_ND[start:stop], weight_EFD[expert])
         ctx.save_for_backward(x_ND, weight_EFD)
         ctx.slices = slices
         return y_NF

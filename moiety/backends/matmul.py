@@ -17,7 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["linear", "multiply_into", "multiply_rows", "multiply_rows_back", "prefers_onednn"]
+__all__ = [
+    "linear",
+    "multiply_into",
+    "multiply_rows",
+    "multiply_rows_back",
+    "multiply_rows_into",
+    "prefers_onednn",
+]
 
 FEWEST_ROWS = 32  # below this many rows MKL's small-matrix path is as fast (bench/matmul.py)
 FEWEST_ROWS_STRIDED = (
@@ -50,6 +57,14 @@ def multiply_rows(x_ND: Tensor, weight_FD: Tensor, bias_F: Tensor | None = None)
     if _use_onednn(x_ND, FEWEST_ROWS):
         return _onednn(x_ND, weight_FD, bias_F)
     return F.linear(x_ND, weight_FD, bias_F)
+
+
+def multiply_rows_into(out_NF: Tensor, x_ND: Tensor, weight_FD: Tensor) -> None:
+    """out = x W^T, (N, F), written in place. No gradient."""
+    if _use_onednn(x_ND, FEWEST_ROWS):
+        out_NF.copy_(_onednn(x_ND, weight_FD))
+    else:
+        torch.mm(x_ND, weight_FD.t(), out=out_NF)
 
 
 def multiply_rows_back(grad_NF: Tensor, weight_FD: Tensor) -> Tensor:

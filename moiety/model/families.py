@@ -300,7 +300,7 @@ def _inert(config: ModelConfig) -> frozenset[str]:
     if config.moe is None:
         return frozenset()
     inert = set(TRAINING)
-    if len(config.moe_layers) == config.layers:
+    if not config.dense_layers:
         inert |= {"d_ff", "activation", "gated"}
     if config.moe.groups == 1:
         inert.add("moe.group_score")

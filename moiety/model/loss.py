@@ -42,7 +42,9 @@ class _CrossEntropy(torch.autograd.Function):
                 continue
             grad_logits = log_probability.exp_()
             grad_logits.scatter_add_(1, chosen, torch.full_like(chosen, -1, dtype=wide))
-            grad_logits = grad_logits.mul_(scored[:, None]).to(hidden_TD.dtype)
+            if not bool(scored.all()):
+                grad_logits.mul_(scored[:, None])
+            grad_logits = grad_logits.to(hidden_TD.dtype)
             grad_TD[piece] = multiply_rows_back(grad_logits, weight_VD)
             multiply_into(part_VD, grad_logits, hidden)
             grad_VD += part_VD

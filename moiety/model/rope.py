@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 __all__ = ["rotary_table", "rotate"]
 
@@ -21,6 +24,31 @@ def rotary_table(positions_S: Tensor, rotary_dim: int, theta: float) -> tuple[Te
     return angle.cos(), angle.sin()
 
 
+class _Rotate(torch.autograd.Function):
+    """Turning is linear and its own inverse with the other sign, so backward keeps only the table."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BHSd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turned(x_BHSd, cos, sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_BHSd: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _turned(grad_BHSd, cos, -sin), None, None
+
+
+def _turned(x_BHSd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = cos.shape[-1]
+    first, second = x_BHSd[..., :half], x_BHSd[..., half : 2 * half]
+    turned = torch.empty_like(x_BHSd)
+    torch.mul(first, cos, out=turned[..., :half]).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=turned[..., half : 2 * half]).addcmul_(first, sin)
+    turned[..., 2 * half :] = x_BHSd[..., 2 * half :]
+    return turned
+
+
 def rotate(x_BHSd: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     """Turn the leading dimensions of every head by its position; the rest passes through.
 
@@ -29,9 +57,5 @@ def rotate(x_BHSd: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
         table: From `rotary_table`, for the same S positions.
     """
     cos, sin = (part.to(x_BHSd.dtype) for part in table)
-    half = cos.shape[-1]
-    first, second = x_BHSd[..., :half], x_BHSd[..., half : 2 * half]
-    parts = [first * cos - second * sin, second * cos + first * sin]
-    if 2 * half < x_BHSd.shape[-1]:
-        parts.append(x_BHSd[..., 2 * half :])
-    return torch.cat(parts, dim=-1)
+    turned: Tensor = _Rotate.apply(x_BHSd, cos, sin)
+    return turned

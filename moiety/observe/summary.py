@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import islice
+from time import perf_counter
 
 import numpy as np
 import torch
@@ -25,12 +26,13 @@ from moiety.observe.report import (
     TrainingPoint,
 )
 from moiety.observe.stats import Specialization, counts_by_group, specialization_of_sequences, top_tokens
-from moiety.train.compare import Contender, decode_speed
+from moiety.train.compare import Contender
 from moiety.train.data import TokenData
 from moiety.train.evaluate import Evaluation
 
 __all__ = [
     "corpus_of",
+    "decode_speed",
     "favourite_tokens",
     "generations",
     "health_of",
@@ -84,6 +86,16 @@ def run_of(contender: Contender) -> Run:
         train_tokens_per_s=contender.tokens_per_second,
         decode_tokens_per_s=decode_speed(contender.build()),
     )
+
+
+def decode_speed(model: Transformer, *, tokens: int = 64) -> float:
+    """Tokens per second of plain generation at batch 1, the first eighth left out as warm-up."""
+    stream = generate(model, [0], max_tokens=tokens, sampling=SamplingOptions(temperature=0))
+    for _ in range(tokens // 8):
+        next(stream)
+    begun = perf_counter()
+    count = sum(1 for _ in stream)
+    return count / (perf_counter() - begun)
 
 
 def health_of(contender: Contender) -> tuple[HealthPoint, ...]:

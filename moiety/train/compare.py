@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import statistics
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,8 +13,6 @@ import torch
 from moiety import cost
 from moiety.config import ModelConfig, require
 from moiety.errors import ConfigError
-from moiety.infer.generate import generate
-from moiety.infer.options import SamplingOptions
 from moiety.model.tokenizer import Tokenizer
 from moiety.model.transformer import Transformer
 from moiety.train.data import TokenData
@@ -24,7 +21,7 @@ from moiety.train.loop import StepRecord, Stop, train
 from moiety.train.model_options import ModelOptions
 from moiety.train.options import TrainOptions
 
-__all__ = ["Contender", "Spread", "decode_speed", "over_seeds", "pair", "race", "seeded_pairs"]
+__all__ = ["Contender", "Spread", "over_seeds", "pair", "race", "seeded_pairs"]
 
 
 @dataclass(kw_only=True, eq=False)
@@ -108,16 +105,6 @@ def race(
             if record is not None:
                 contender.records.append(record)
                 yield contender, record
-
-
-def decode_speed(model: Transformer, *, tokens: int = 64) -> float:
-    """Tokens per second of plain generation at batch 1, the first eighth left out as warm-up."""
-    stream = generate(model, [0], max_tokens=tokens, sampling=SamplingOptions(temperature=0))
-    for _ in range(tokens // 8):
-        next(stream)
-    begun = time.perf_counter()
-    count = sum(1 for _ in stream)
-    return count / (time.perf_counter() - begun)
 
 
 def pair(

@@ -83,7 +83,8 @@ def save_checkpoint(
     """Write `run_folder/checkpoints/step-...`, then remove old checkpoints.
 
     Nothing is removed before the new one is safe on disk. Checkpoints of later steps, and folders with files
-    that are not ours, always stay.
+    that are not ours, always stay. A checkpoint of this very step whose manifest is damaged is given another
+    name, `step-....damaged-...`.
 
     Args:
         run_folder: Of this run.
@@ -108,6 +109,8 @@ def save_checkpoint(
     needed_bytes = (
         checkpoint.size_bytes(model) + sum(entry.size_bytes for entry in moments.values()) + (1 << 17)
     )
+    if storage.has_manifest(path) and not _has_readable_manifest(path):
+        storage.set_aside(path)  # a damaged one must not stop the run that got back to its step
     with storage.new_folder(path, needed_bytes=needed_bytes) as folder:
         checkpoint.write_model(folder, model, tokenizer=tokenizer)
         (folder / "state").mkdir()
@@ -116,7 +119,7 @@ def save_checkpoint(
         _write(folder / STATE, description)
     older = sorted((step, name) for step, name in _steps(parent) if step < state.step)
     for _, name in older[: max(len(older) - (keep_last - 1), 0)]:
-        if _is_only_ours(parent / name):
+        if _has_readable_manifest(parent / name) and not storage.foreign_files(parent / name):
             storage.remove_folder(parent / name)
     return path
 
@@ -202,11 +205,13 @@ def _steps(parent: Path) -> list[tuple[int, str]]:
     return [(int(match[1]), name) for name in storage.folder_names(parent) if (match := STEP.fullmatch(name))]
 
 
-def _is_only_ours(path: Path) -> bool:
+def _has_readable_manifest(path: Path) -> bool:
+    """False where what belongs to a folder cannot be told."""
     try:
-        return not storage.foreign_files(path)
-    except FormatError:  # no manifest, or a damaged one: what it holds cannot be told
+        storage.foreign_files(path)
+    except FormatError:
         return False
+    return True
 
 
 def _groups(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:

@@ -1,0 +1,120 @@
+"""Plain generation: what the full forward says, token by token; seeds, ends and errors."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+
+import moiety
+from moiety.errors import MoietyError, UsageError
+from moiety.infer.generate import generate
+from moiety.infer.options import SamplingOptions
+from moiety.infer.sampling import sample
+from tests import tiny
+
+GREEDY = SamplingOptions(temperature=0.0)
+PROMPT = (7, 60, 0, 7, 33)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("name", tiny.CONFIGS)
+@torch.no_grad()
+def test_greedy_is_the_argmax_of_the_full_forward(name: str, dtype: torch.dtype) -> None:
+    model = tiny.model(name, dtype=dtype)
+    for prompt in (PROMPT, PROMPT[:1]):
+        written = list(prompt)
+        for token in generate(model, prompt, max_tokens=12, sampling=GREEDY):
+            assert isinstance(token, int)
+            assert token == int(model(torch.tensor([written])).logits[0, -1].argmax())
+            written.append(token)
+        assert len(written) == len(prompt) + 12
+
+
+@torch.no_grad()
+def test_draws_are_from_the_full_forward_in_one_stream() -> None:
+    model, options = tiny.model("qwen3_moe", dtype=torch.float64), SamplingOptions(top_p=0.9, seed=11)
+    generator, written = torch.Generator().manual_seed(11), list(PROMPT)
+    for token in generate(model, PROMPT, max_tokens=12, sampling=options):
+        assert token == int(sample(model(torch.tensor([written])).logits[:, -1], options, generator))
+        written.append(token)
+    assert len(set(written)) > 5
+
+
+def test_seeds_reproduce() -> None:
+    model = tiny.model("mixtral")
+    runs = [
+        list(generate(model, PROMPT, max_tokens=30, sampling=SamplingOptions(temperature=2.0, seed=seed)))
+        for seed in (5, 5, 6)
+    ]
+    assert runs[0] == runs[1] != runs[2]
+    assert all(0 <= token < 61 for token in runs[2])
+    torch.manual_seed(99)
+    assert list(generate(model, PROMPT, max_tokens=30)) == list(
+        generate(model, PROMPT, max_tokens=30, sampling=SamplingOptions())
+    )
+
+
+def test_stops_after_the_end_token() -> None:
+    model = tiny.model("mixtral")
+    sampling = SamplingOptions(temperature=3.0)
+    whole = list(generate(model, PROMPT, max_tokens=40, sampling=sampling))
+    end_id = next(token for token in whole[5:] if token not in whole[:5])
+    stopped = list(generate(model, PROMPT, max_tokens=40, sampling=sampling, end_id=end_id))
+    assert stopped == whole[: whole.index(end_id) + 1] and 5 < len(stopped) < 40
+    other = next(token for token in range(61) if token not in whole)
+    assert list(generate(model, PROMPT, max_tokens=40, sampling=sampling, end_id=other)) == whole
+    assert list(generate(model, (*PROMPT, end_id), max_tokens=3)), "an end token in the prompt ends nothing"
+
+
+def test_one_token_and_lists() -> None:
+    model = tiny.model("llama")
+    assert len(list(generate(model, [1], max_tokens=1))) == 1
+    assert list(generate(model, list(PROMPT), max_tokens=4)) == list(generate(model, PROMPT, max_tokens=4))
+    assert moiety.generate is generate
+
+
+def test_tokens_come_as_they_are_drawn_and_gradients_stay_on() -> None:
+    model = tiny.model("mixtral")
+    stream = generate(model, PROMPT, max_tokens=1_000, sampling=GREEDY)
+    first = list(itertools.islice(stream, 3))
+    assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+    model(torch.tensor([PROMPT])).logits.sum().backward()
+    assert model.embed.weight.grad is not None
+    assert first == list(generate(model, PROMPT, max_tokens=3, sampling=GREEDY))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "more", "message"),
+    [
+        ((), {}, "the prompt has no token"),
+        ((3, 61), {}, "outside 0 to 60"),
+        ((3, -1), {}, "outside 0 to 60"),
+        ((3,), {"max_tokens": 0}, "max_tokens is 0"),
+        ((3,), {"max_tokens": -4}, "max_tokens is -4"),
+    ],
+)
+def test_wrong_calls_fail_at_once(prompt: tuple[int, ...], more: dict[str, Any], message: str) -> None:
+    model = tiny.model("llama")
+    with pytest.raises(UsageError, match=message):
+        generate(model, prompt, **more)  # before the first token is asked for
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_damaged_weights_give_an_error_and_no_token(temperature: float) -> None:
+    model = tiny.model("llama_biases")
+    with torch.no_grad():
+        model.norm.weight[3] = float("nan")
+    stream = generate(model, PROMPT, sampling=SamplingOptions(temperature=temperature))
+    with pytest.raises(MoietyError, match="not finite"):
+        next(stream)
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model = tiny.model("sigmoid").train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    list(generate(model, PROMPT, max_tokens=5))
+    assert model.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

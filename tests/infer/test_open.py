@@ -1,0 +1,74 @@
+"""Finding what to generate from: a checkpoint, a run, or an error that says what is wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from moiety.errors import FormatError, UsageError
+from moiety.infer.generate import generate
+from moiety.infer.open import find_checkpoint, open_model
+from moiety.model import checkpoint
+from moiety.model.tokenizer import train_tokenizer
+from tests import tiny
+
+
+def checkpoint_at(folder: Path, *files: str) -> Path:
+    folder.mkdir(parents=True)
+    for file in files:
+        (folder / file).write_text("{}")
+    return folder
+
+
+def test_a_checkpoint_is_itself(tmp_path: Path) -> None:
+    folder = checkpoint_at(tmp_path / "model", "config.json")
+    assert find_checkpoint(folder) == find_checkpoint(str(folder)) == folder
+
+
+def test_a_run_means_its_newest_whole_checkpoint(tmp_path: Path) -> None:
+    steps = tmp_path / "run" / "checkpoints"
+    for step in (9, 100, 20):
+        checkpoint_at(steps / f"step-{step:08}", "config.json", "manifest.json")
+    checkpoint_at(steps / "step-00000300", "config.json")  # cut before its manifest was written
+    checkpoint_at(steps / "other-00000400", "config.json", "manifest.json")
+    assert find_checkpoint(tmp_path / "run") == steps / "step-00000100"
+
+
+def test_neither_checkpoint_nor_run(tmp_path: Path) -> None:
+    empty, halves = tmp_path / "empty", tmp_path / "halves"
+    checkpoint_at(empty)
+    checkpoint_at(halves / "checkpoints" / "step-00000001", "config.json")
+    file = tmp_path / "file"
+    file.write_text("text")
+    for path in (empty, halves, tmp_path / "missing", file):
+        with pytest.raises(UsageError, match=r"is neither a checkpoint[\s\S]*hint: ") as raised:
+            find_checkpoint(path)
+        assert str(path) in raised.value.message
+
+
+def test_open_gives_the_model_and_its_tokenizer(tmp_path: Path) -> None:
+    tokenizer = train_tokenizer(["one two three two one"], 257)
+    model = tiny.model("", moe=tiny.experts(), vocab_size=260)
+    folder = tmp_path / "model"
+    checkpoint.save(model, folder, tokenizer=tokenizer)
+    opened = open_model(folder, backend="reference")
+    assert opened.path == folder and opened.tokenizer.fingerprint == tokenizer.fingerprint
+    assert not opened.model.training
+    assert [block.feed_forward.experts.backend for block in opened.model.blocks] == ["reference"] * 3
+    tokens = torch.tensor([tokenizer.encode("three")])
+    torch.testing.assert_close(opened.model(tokens).logits, model(tokens).logits)
+    assert len(list(generate(opened.model, tokenizer.encode("one"), max_tokens=4))) <= 4
+
+
+def test_a_model_without_tokenizer_or_with_damaged_weights(tmp_path: Path) -> None:
+    model = tiny.model("", moe=tiny.experts(), vocab_size=260)
+    checkpoint.save(model, tmp_path / "bare")
+    with pytest.raises(FormatError, match=r"tokenizer\.json"):
+        open_model(tmp_path / "bare")
+    checkpoint.save(model, tmp_path / "cut", tokenizer=train_tokenizer(["one"], 257))
+    weights = tmp_path / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-9])
+    with pytest.raises(FormatError):
+        open_model(tmp_path / "cut")

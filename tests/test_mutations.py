@@ -1,0 +1,216 @@
+"""The suite turns red for real bugs: each is planted in a copy of the package and the tests must notice.
+
+A mutation is one textual change of one file, and the tests that are expected to catch it. On the unchanged copy the
+same tests pass, so it is the planted bug that they notice.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+BACKENDS, LAYER, METAMORPHIC = (
+    "tests/backends/test_backends.py",
+    "tests/moe/test_layer.py",
+    "tests/moe/test_metamorphic.py",
+)
+ROUTERS, BALANCE, LOOP = "tests/moe/test_routers.py", "tests/moe/test_balance.py", "tests/train/test_loop.py"
+ROPE, TRANSFORMER, STATE = (
+    "tests/model/test_rope.py",
+    "tests/model/test_transformer.py",
+    "tests/train/test_state.py",
+)
+ROUTING, LOSS = "tests/test_routing.py", "tests/model/test_loss.py"
+
+
+class Mutation(NamedTuple):
+    """A bug: in `file`, `right` becomes `wrong`; `tests` must then fail."""
+
+    name: str
+    file: str
+    right: str
+    wrong: str
+    tests: str
+
+
+MUTATIONS = (
+    Mutation(
+        "zero kernel",
+        "backends/grouped.py",
+        "return torch.embedding_bag(y_ND, self.order_N, self.first_T, False, 0, False, weights)[0]",
+        "return y_ND.new_zeros(self.tokens, y_ND.shape[1])",
+        BACKENDS,
+    ),
+    Mutation(
+        "transposed square weights",
+        "backends/matmul.py",
+        "    return F.linear(x_ND, weight_FD, bias_F)\n\n\ndef multiply_rows_back",
+        "    square = weight_FD.shape[0] == weight_FD.shape[1]\n"
+        "    return F.linear(x_ND, weight_FD.t() if square else weight_FD, bias_F)\n\n\ndef multiply_rows_back",
+        BACKENDS,
+    ),
+    Mutation(
+        "swapped gate and up",
+        "backends/grouped.py",
+        "act.forward(pre[:, : weights.d_ff]).mul_(pre[:, weights.d_ff :])",
+        "act.forward(pre[:, weights.d_ff :]).mul_(pre[:, : weights.d_ff])",
+        BACKENDS,
+    ),
+    Mutation(
+        "dropped last expert",
+        "routing.py",
+        "for e, (start, stop) in enumerate(zip(starts, ends, strict=True)) if stop > start]",
+        "for e, (start, stop) in enumerate(zip(starts, ends, strict=True)) if stop > start and e + 1 < len(ends)]",
+        BACKENDS,
+    ),
+    Mutation(
+        "off-by-one offsets",
+        "routing.py",
+        "        starts = [0, *ends[:-1]]",
+        "        starts = [0, *(max(end - 1, 0) for end in ends[:-1])]",
+        BACKENDS,
+    ),
+    Mutation(
+        "detached balance loss",
+        "moe/balance.py",
+        "    probability_E = _mean_probability(routing)\n",
+        "    probability_E = _mean_probability(routing).detach()\n",
+        BALANCE,
+    ),
+    Mutation(
+        "double softmax",
+        "moe/routers.py",
+        "        weight_N = pairs.at_pairs(score_TE)\n        if self.renormalize:\n            weight_N = weight_N / pairs.sum_by_token(weight_N).clamp",
+        "        weight_N = pairs.at_pairs(score_TE.softmax(-1))\n        if self.renormalize:\n"
+        "            weight_N = weight_N / pairs.sum_by_token(weight_N).clamp",
+        ROUTERS,
+    ),
+    Mutation(
+        "weights applied twice",
+        "backends/grouped.py",
+        "weights = None if weight_N is None else weight_N.to(y_ND.dtype)[self.order_N]",
+        "weights = None if weight_N is None else weight_N.square().to(y_ND.dtype)[self.order_N]",
+        BACKENDS,
+    ),
+    Mutation(
+        "stale counts after dropping",
+        "routing.py",
+        "            counts_E=counts_E,\n            dropped=",
+        "            counts_E=self.counts_E,\n            dropped=",
+        ROUTING,
+    ),
+    Mutation(
+        "wrong rotary layout",
+        "model/rope.py",
+        "first, second = x_BHSd[..., :half], x_BHSd[..., half : 2 * half]",
+        "first, second = x_BHSd[..., : 2 * half : 2], x_BHSd[..., 1 : 2 * half : 2]",
+        ROPE,
+    ),
+    Mutation(
+        "selection bias in the weights",
+        "moe/layer.py",
+        "            weight_N = self.router.weigh(score_TE, pairs)",
+        "            extra = 0 if self.selection_bias is None else self.selection_bias\n"
+        "            weight_N = self.router.weigh(score_TE + extra, pairs)",
+        LAYER,
+    ),
+    Mutation(
+        "no gradient to the router",
+        "backends/grouped.py",
+        "        grad_weight = grad_weight_N if need_weight else None",
+        "        grad_weight = torch.zeros_like(grad_weight_N) if need_weight else None",
+        BACKENDS,
+    ),
+    Mutation(
+        "padding is routed",
+        "moe/layer.py",
+        "context = RouterContext(valid_T=valid_T,",
+        "context = RouterContext(valid_T=None,",
+        METAMORPHIC,
+    ),
+    Mutation(
+        "recomputation re-routes",
+        "model/transformer.py",
+        "pins = {**context.pinned, **first}",
+        "pins = dict(context.pinned)",
+        TRANSFORMER,
+    ),
+    Mutation(
+        "ignored targets are scored",
+        "model/loss.py",
+        "            if not bool(scored.all()):",
+        "            if False:",
+        LOSS,
+    ),
+    Mutation(
+        "steps that are not finite are applied",
+        "train/loop.py",
+        "    if finite:\n        optimizer.step()",
+        "    if True:\n        optimizer.step()",
+        LOOP,
+    ),
+    Mutation(
+        "resume repeats a sequence",
+        "train/loop.py",
+        "        sequences_seen=batches[-1].sequences_seen,",
+        "        sequences_seen=batches[-1].sequences_seen - 1,",
+        LOOP,
+    ),
+    Mutation(
+        "moments are lost on resume",
+        "train/state.py",
+        "    _restore_moments(folder, optimizer)\n    _restore_random",
+        "    _restore_random",
+        STATE,
+    ),
+)
+
+
+def copy_of_the_repository(folder: Path) -> Path:
+    """The package and its tests, to be damaged."""
+    for name in ("moiety", "tests", "tools", "recipes"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+def run_tests(folder: Path, *tests: str) -> subprocess.CompletedProcess[str]:
+    """pytest in a copy, stopping at the first failure."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-m", "not slow", *tests]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(folder),
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.timeout_s(600)
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name.replace(" ", "-"))
+def test_a_planted_bug_is_noticed(mutation: Mutation, tmp_path: Path) -> None:
+    folder = copy_of_the_repository(tmp_path)
+    path = folder / "moiety" / mutation.file
+    source = path.read_text(encoding="utf-8")
+    assert source.count(mutation.right) == 1, f"{mutation.file} no longer has the line that this bug changes"
+    path.write_text(source.replace(mutation.right, mutation.wrong), encoding="utf-8")
+    result = run_tests(folder, mutation.tests)
+    assert result.returncode == 1 and " failed" in result.stdout, (
+        result.stdout[-2000:] + result.stderr[-2000:]
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout_s(600)
+def test_the_unharmed_copy_passes(tmp_path: Path) -> None:
+    folder = copy_of_the_repository(tmp_path)
+    result = run_tests(folder, *sorted({mutation.tests for mutation in MUTATIONS}))
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
