@@ -173,7 +173,9 @@ class MoEConfig:
     router: Literal["softmax", "switch", "sigmoid"] = option(
         "softmax", help="score function and choice: softmax top-k, Switch top-1, sigmoid with selection bias"
     )
-    renormalize: bool = option(True, help="divide the chosen weights by their sum")
+    renormalize: bool = option(
+        True, help="divide the chosen weights by their sum (never for router 'switch')"
+    )
     scale: float = option(1.0, help="factor on the combine weights after normalisation")
     selection_bias: bool = option(
         False, help="add a learnt-by-balance bias when choosing, never when weighting"
@@ -213,6 +215,11 @@ class MoEConfig:
         require(
             not self.shared_gate or self.shared_d_ff > 0,
             "shared_gate is set but shared_d_ff is 0: there is no shared expert to gate",
+        )
+        require(
+            self.router != "switch" or not (self.selection_bias or self.scale != 1),
+            "router 'switch' weighs by the plain probability: it has no selection_bias and no scale",
+            "use router 'softmax' with experts_per_token 1",
         )
         require(self.scale > 0, f"scale is {self.scale}; it must be positive")
         self._check_groups()

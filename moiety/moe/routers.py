@@ -102,6 +102,7 @@ class TopK:
         groups: Divide the experts into this many groups.
         groups_kept: Let a token choose from this many groups.
         group_best: Judge a group by the sum of this many best experts; 1 in DeepSeek-V2.
+        bias: Keep a selection bias as `SigmoidTopK` does; ERNIE-4.5 has one.
     """
 
     k: int
@@ -110,10 +111,11 @@ class TopK:
     groups: int = 1
     groups_kept: int = 1
     group_best: int = 1
+    bias: bool = False
 
     @property
     def uses_bias(self) -> bool:
-        return False
+        return self.bias
 
     def check(self, experts: int) -> None:
         _check_k(self.k, experts)
@@ -123,10 +125,7 @@ class TopK:
         return logits_TE.softmax(dim=-1)
 
     def choose(self, score_TE: Tensor, context: RouterContext) -> Routing:
-        if self.groups_kept < self.groups:
-            score_TE = keep_groups(score_TE, self.groups, self.groups_kept, self.group_best)
-        expert_TK = top_k(score_TE, self.k)
-        return Routing.from_choices(expert_TK, experts=score_TE.shape[1], valid_T=context.valid_T)
+        return _choose(score_TE, context, self.k, self.groups, self.groups_kept, self.group_best)
 
     def weigh(self, score_TE: Tensor, pairs: Routing) -> Tensor:
         weight_N = pairs.at_pairs(score_TE)
@@ -195,18 +194,25 @@ class SigmoidTopK:
         return logits_TE.sigmoid()
 
     def choose(self, score_TE: Tensor, context: RouterContext) -> Routing:
-        if context.bias_E is not None:
-            score_TE = score_TE + context.bias_E
-        if self.groups_kept < self.groups:
-            score_TE = keep_groups(score_TE, self.groups, self.groups_kept, self.group_best)
-        expert_TK = top_k(score_TE, self.k)
-        return Routing.from_choices(expert_TK, experts=score_TE.shape[1], valid_T=context.valid_T)
+        return _choose(score_TE, context, self.k, self.groups, self.groups_kept, self.group_best)
 
     def weigh(self, score_TE: Tensor, pairs: Routing) -> Tensor:
         weight_N = pairs.at_pairs(score_TE)
         if self.renormalize:
             weight_N = weight_N / (pairs.sum_by_token(weight_N) + 1e-20).index_select(0, pairs.token_N)
         return weight_N * self.scale if self.scale != 1.0 else weight_N
+
+
+def _choose(
+    score_TE: Tensor, context: RouterContext, k: int, groups: int, groups_kept: int, group_best: int
+) -> Routing:
+    """The k best of score plus bias inside the best groups; of equal ones the lower expert."""
+    if context.bias_E is not None:
+        score_TE = score_TE + context.bias_E
+    if groups_kept < groups:
+        score_TE = keep_groups(score_TE, groups, groups_kept, group_best)
+    expert_TK = top_k(score_TE, k)
+    return Routing.from_choices(expert_TK, experts=score_TE.shape[1], valid_T=context.valid_T)
 
 
 def keep_groups(score_TE: Tensor, groups: int, kept: int, best: int) -> Tensor:
@@ -230,6 +236,7 @@ def _softmax(config: MoEConfig) -> Router:
         groups=config.groups,
         groups_kept=config.groups_kept,
         group_best=2 if config.group_score == "top2" else 1,
+        bias=config.selection_bias,
     )
 
 

@@ -15,14 +15,14 @@ from moiety.cli.output import interruptible, print_json, print_table
 
 ROWS = [
     ["parameters, total", "1,234,567", "234,567"],
-    ["[bold]domain[/bold] [/x] größer", "1.234", "2.345"],
+    ["domain größer", "1.234", "2.345"],
     ["a name that is much longer than a terminal of forty columns is wide", "0", "9" * 30],
 ]
 
 
-def _table(width: int, **given: object) -> str:
+def _table(width: int, rows: list[list[str]] = ROWS, **given: object) -> str:
     stream = io.StringIO()
-    print_table("a title", ["", "MoE", "dense twin"], ROWS, Console(file=stream, width=width, **given))  # type: ignore[arg-type]
+    print_table("a title", ["", "MoE", "dense twin"], rows, Console(file=stream, width=width, **given))  # type: ignore[arg-type]
     return stream.getvalue()
 
 
@@ -30,18 +30,15 @@ def _table(width: int, **given: object) -> str:
 def test_a_table_fits_and_holds_everything(width: int) -> None:
     said = _table(width)
     assert max(map(len, said.splitlines())) <= width
-    flat = "".join(character for character in said if character.isalnum() or character in ",./[]")
-    for row in ROWS:
-        for cell in row[1:]:
-            assert cell in flat or width < 60 and cell[:10] in flat, (cell, said)
-    assert "1,234,567" in said
+    assert said.count("9") == 30, "a cell that is too long is folded, not cut"
+    for word in ("parameters,", "1,234,567", "234,567", "größer", "1.234", "2.345", "columns"):
+        assert word in said or width == 20, (word, said)
 
 
 def test_what_looks_like_markup_is_text() -> None:
     """Domains and file names are the user's: brackets in them are brackets."""
     for width in (40, 100):
-        said = "".join(_table(width).split())
-        assert "[bold]domain[/bold]" in said and "[/x]" in said, said
+        assert "[bold]domain[/bold] [/x]" in _table(width, [["[bold]domain[/bold] [/x]", "1", "2"]])
 
 
 def test_json_is_one_document_without_nan(capsys: pytest.CaptureFixture[str]) -> None:

@@ -91,7 +91,7 @@ def test_rows_have_their_own_logits_and_filters() -> None:
 def test_of_equal_tokens_the_lower_one_is_kept() -> None:
     logits = torch.tensor([[0.0, 5.0, 5.0, 5.0, 1.0]])
     for values in ({"temperature": 0.0}, {"top_k": 1}, {"top_p": 0.1}):
-        assert draw(logits, SamplingOptions(**values)).tolist() == [1], values  # type: ignore[arg-type]
+        assert draw(logits, SamplingOptions(**values)).tolist() == [1], values
     assert {int(draw(logits, SamplingOptions(top_k=2), seed)) for seed in range(40)} == {1, 2}
 
 

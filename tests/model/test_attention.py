@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from moiety.model.rope import rotary_table
 from tests import tiny
 
 D_MODEL, EPS, THETA = 20, 1e-3, 500.0
-CASES = {
+CASES: dict[str, dict[str, Any]] = {
     "one_for_one": {"kv_heads": 4},
     "grouped": {"kv_heads": 2},
     "one_for_all": {"kv_heads": 1},
@@ -61,13 +63,14 @@ def definition(attention: Attention, config: AttentionConfig, x_SD: Tensor) -> T
     """One sequence: for each position and head a softmax over what came before it."""
     heads, kv_heads, width = config.heads, config.kv_heads, config.head_dim
     bounds = [0, heads * width, (heads + kv_heads) * width, (heads + 2 * kv_heads) * width]
-    zeros = x_SD.new_zeros(bounds[-1])
-    bias = zeros if attention.qkv.bias is None else attention.qkv.bias
-    queries, keys, values = [], [], []
+    weights = dict(attention.named_parameters())
+    bias = weights.get("qkv.bias", x_SD.new_zeros(bounds[-1]))
+    out_bias = weights.get("out.bias", x_SD.new_zeros(D_MODEL))
+    queries: list[list[Tensor]] = []
+    keys: list[list[Tensor]] = []
+    values: list[list[Tensor]] = []
     for position, x_D in enumerate(x_SD):
-        parts = [
-            attention.qkv.weight[a:b] @ x_D + bias[a:b] for a, b in zip(bounds, bounds[1:], strict=False)
-        ]
+        parts = [attention.qkv.weight[a:b] @ x_D + bias[a:b] for a, b in itertools.pairwise(bounds)]
         for n, norm in enumerate((attention.q_norm, attention.k_norm)):
             if norm is not None and config.qk_norm == "full":
                 parts[n] = normed(parts[n], norm.weight)
@@ -88,8 +91,7 @@ def definition(attention: Attention, config: AttentionConfig, x_SD: Tensor) -> T
             ]
             share = torch.stack(scores).softmax(0)
             mixed.append(sum(share[at] * values[at][shared] for at in range(position + 1)))
-        y_D = attention.out.weight @ torch.cat(mixed)  # type: ignore[arg-type]
-        rows.append(y_D if attention.out.bias is None else y_D + attention.out.bias)
+        rows.append(attention.out.weight @ torch.cat(mixed) + out_bias)  # type: ignore[arg-type]
     return torch.stack(rows)
 
 
@@ -100,7 +102,7 @@ def test_equals_the_definition(name: str) -> None:
     x_BSD = torch.randn(2, 7, D_MODEL, dtype=torch.float64)
     y_BSD = attention(x_BSD, context(config, 0, 7))
     true = torch.stack([definition(attention, config, x_SD) for x_SD in x_BSD])
-    torch.testing.assert_close(y_BSD, true, **tiny.EXACT)
+    tiny.assert_exact(y_BSD, true)
 
 
 @every_case
@@ -117,7 +119,7 @@ def test_pieces_through_the_cache_equal_the_whole(name: str) -> None:
         pieces.append(attention(part, context(config, start, positions, cache)))
         cache.advance(positions)
         start += positions
-    torch.testing.assert_close(torch.cat(pieces, dim=1), whole, **tiny.EXACT)
+    tiny.assert_exact(torch.cat(pieces, dim=1), whole)
     assert bool(cache.buffer[:, :2].isnan().all()), "only its own layer is written"
 
 
@@ -131,7 +133,7 @@ def test_gradients_reach_every_parameter_and_are_right(name: str) -> None:
     true = torch.autograd.grad(definition(attention, config, x_BSD[0])[None], leaves, grad)
     for leaf, (mine, right) in zip(["x", *weights], zip(ours, true, strict=True), strict=True):
         assert right.abs().max() > 1e-3, f"{leaf}: a gradient of zero proves nothing"
-        torch.testing.assert_close(mine, right, rtol=1e-10, atol=1e-12, msg=lambda m, n=leaf: f"{n}: {m}")
+        assert torch.allclose(mine, right, rtol=1e-10, atol=1e-12), leaf
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moiety.model.norm import RMSNorm
+from tests import tiny
 from tests.oracle import assert_all_close_enough
 
 EPS = 1e-3
@@ -45,9 +46,7 @@ def test_float64_equals_the_formula(shape: tuple[int, ...]) -> None:
     weight_D = torch.randn(shape[-1], dtype=torch.float64)
     fast, true = solved(x, weight_D, grad, ours), solved(x, weight_D, grad, formula)
     for name, value in true.items():
-        torch.testing.assert_close(
-            fast[name], value, rtol=1e-12, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}"
-        )
+        tiny.assert_exact(fast[name], value, name)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -79,7 +78,7 @@ def test_rows_of_zeros_and_strided_input() -> None:
     grad = torch.randn(4, 3, 6, dtype=torch.float64).transpose(0, 1)
     fast, true = (solved(strided, norm.weight.detach(), grad, f) for f in (ours, formula))
     for name, value in true.items():
-        torch.testing.assert_close(fast[name], value, rtol=1e-12, atol=1e-12)
+        tiny.assert_exact(fast[name], value, name)
 
 
 def test_input_and_weight_are_left_as_they_were() -> None:
