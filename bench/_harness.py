@@ -21,7 +21,7 @@ __all__ = ["Row", "arguments", "compare", "finish", "time_in_turn"]
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One claim. `ratio` above 1 means ours is better; `bar` is the least ratio wanted, None for a row that only informs."""
+    """One claim. `ratio` above 1 means ours is better; `bar` is the least wanted, None if it only informs."""
 
     case: str
     ours: float

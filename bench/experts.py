@@ -9,10 +9,10 @@ from __future__ import annotations
 import sys
 
 import torch
+from _harness import arguments, compare, finish, time_in_turn
+from layer import Shape, build_ours, planted_tokens, steps
 
 import moiety
-from bench._harness import arguments, compare, finish, time_in_turn
-from bench.layer import Shape, build_ours, planted_tokens, steps
 
 TOKENS, K, D_MODEL, D_FF = 4096, 8, 256, 128
 EXPERTS = (8, 32, 64, 128, 256)

@@ -13,10 +13,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from _harness import Row, arguments, compare, finish, time_in_turn
 from torch import Tensor
 
 import moiety
-from bench._harness import Row, arguments, compare, finish, time_in_turn
 from moiety.moe.experts import FeedForward
 
 MOST_COPIED_BYTES = 4e9  # batched_mm copies every pair's expert; beyond this it does not fit

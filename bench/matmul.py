@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 
 import torch
+from _harness import arguments, compare, finish, time_in_turn
 
-from bench._harness import arguments, compare, finish, time_in_turn
 from moiety.backends.matmul import prefers_onednn
 
 SHAPES = ((256, 256), (1024, 256), (2048, 2048))

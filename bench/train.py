@@ -11,9 +11,9 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
+from _harness import Row, arguments, compare, finish, time_in_turn
 from torch import Tensor, nn
 
-from bench._harness import Row, arguments, compare, finish, time_in_turn
 from moiety import cost
 from moiety.config import ModelConfig
 from moiety.model.loss import cross_entropy

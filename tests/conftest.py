@@ -19,7 +19,7 @@ import torch
 
 TIMEOUT_S = 120
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 hypothesis.settings.register_profile("moiety", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("moiety")
 

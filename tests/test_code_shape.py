@@ -43,7 +43,7 @@ LEVELS = {
     "moiety.observe": 6,
     "moiety.plan": 6,
     "moiety.cli": 7,
-    "moiety.__main__": 7,
+    "moiety.__main__": 8,
 }
 # Modules that must work where torch does not exist.
 GROUND_FLOOR = (

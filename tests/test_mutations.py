@@ -87,7 +87,8 @@ MUTATIONS = (
     Mutation(
         "double softmax",
         "moe/routers.py",
-        "        weight_N = pairs.at_pairs(score_TE)\n        if self.renormalize:\n            weight_N = weight_N / pairs.sum_by_token(weight_N).clamp",
+        "        weight_N = pairs.at_pairs(score_TE)\n        if self.renormalize:\n"
+        "            weight_N = weight_N / pairs.sum_by_token(weight_N).clamp",
         "        weight_N = pairs.at_pairs(score_TE.softmax(-1))\n        if self.renormalize:\n"
         "            weight_N = weight_N / pairs.sum_by_token(weight_N).clamp",
         ROUTERS,

@@ -76,7 +76,9 @@ CONFIGS: Mapping[str, ModelConfig] = {
         dense_layers=(0, 2),
         tied=True,
     ),
-    "softmax_groups": config(moe=experts(experts=6, groups=3, groups_kept=2, group_score="max"), layers=2),
+    "softmax_groups": config(
+        moe=experts(experts=6, groups=3, groups_kept=2, group_score="max", selection_bias=True), layers=2
+    ),
     "switch": config(moe=experts(experts_per_token=1, router="switch"), layers=1),
     "relu": config(
         attention=attention(rope_fraction=0.7, out_bias=True),

@@ -37,10 +37,11 @@ def help_text(command: str | None) -> str:
 
 def main() -> None:
     """Print the page."""
-    names = (path.stem for path in sorted((ROOT / "moiety" / "cli").glob("[a-z]*.py")))
+    from moiety.cli import COMMANDS
+
     print("# Commands\n\nWritten by `make docs` from the commands' own help.")
-    for title, command in [("moiety", None), *((f"moiety {name.replace('_', '-')}", name) for name in names)]:
-        print(f"\n## {title}\n\n```text\n{help_text(command and command.replace('_', '-'))}\n```")
+    for title, command in [("moiety", None), *((f"moiety {name}", name) for name in sorted(COMMANDS))]:
+        print(f"\n## {title}\n\n```text\n{help_text(command)}\n```")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from moiety.cli.output import talk
 from moiety.train.compare import Contender
 from moiety.train.loop import StepRecord, Stop
 from moiety.train.loop import train as steps_of
-from moiety.train.run import RunPlan, Text
+from moiety.train.run import Opened
 from moiety.train.state import read_state
 from moiety.train.track import open_trackers, values_of
 
@@ -76,10 +76,9 @@ class TrainingDisplay:
             self.console.print(f"{contender.name}: step {step}, {loss}, {speed} {router}".rstrip())
 
 
-def train_shown(
-    plan: RunPlan, text: Text, out: Path, checkpoint: Path | None, stop: Stop, trackers: tuple[str, ...]
-) -> StepRecord | None:
+def train_shown(opened: Opened, out: Path, stop: Stop, trackers: tuple[str, ...]) -> StepRecord | None:
     """All steps, shown and tracked; the last record, or None when there was nothing left to do."""
+    plan, text, checkpoint, _ = opened
     contender = Contender(name=out.name, config=plan.model, options=plan.train)
     done = 0 if checkpoint is None else read_state(checkpoint).step
     open_now = open_trackers(trackers, out, after_step=done)

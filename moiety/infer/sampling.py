@@ -30,14 +30,12 @@ def sample(logits_BV: Tensor, options: SamplingOptions, generator: torch.Generat
         )
     if options.temperature == 0:
         return logits_BV.argmax(dim=-1)
-    probability_BV, order_BV = (
-        (logits_BV / options.temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
-    )
-    keep_BV = torch.ones_like(probability_BV, dtype=torch.bool)
+    shifted_BV = (logits_BV - logits_BV.amax(dim=-1, keepdim=True)) / options.temperature
+    probability_BV, order_BV = shifted_BV.softmax(-1).sort(dim=-1, descending=True, stable=True)
     if options.top_k:
-        keep_BV[:, options.top_k :] = False
-    keep_BV &= probability_BV.cumsum(-1) - probability_BV < options.top_p
-    keep_BV &= probability_BV >= options.min_p * probability_BV[:, :1]
-    keep_BV[:, 0] = True
-    drawn_B = torch.multinomial(probability_BV * keep_BV, 1, generator=generator)
+        probability_BV[:, options.top_k :] = 0
+    before_BV = probability_BV.cumsum(-1) - probability_BV
+    probability_BV[before_BV >= options.top_p * probability_BV.sum(-1, keepdim=True)] = 0
+    probability_BV[probability_BV < options.min_p * probability_BV[:, :1]] = 0
+    drawn_B = torch.multinomial(probability_BV, 1, generator=generator)
     return order_BV.gather(1, drawn_B)[:, 0]

@@ -59,9 +59,11 @@ class KVCache:
         values[:, :, self.length : stop] = value_BHSd
         return keys[:, :, :stop], values[:, :, :stop]
 
-    def check_room(self, positions: int) -> None:
-        """Raise UsageError unless `positions` more tokens fit."""
-        room = self.buffer.shape[4]
+    def check_room(self, sequences: int, positions: int) -> None:
+        """Raise UsageError unless `positions` more tokens of `sequences` sequences fit."""
+        made_for, room = self.buffer.shape[2], self.buffer.shape[4]
+        if sequences != made_for:
+            raise UsageError(f"the cache is for {made_for} sequences and {sequences} were given")
         if self.length + positions > room:
             raise UsageError(
                 f"the cache holds {room} positions, {self.length} are used and {positions} more were given",

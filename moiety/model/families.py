@@ -80,6 +80,7 @@ class Family:
         ignored: Further keys without effect.
         tensors: Our tensor to the names of theirs that make it up, in the order of rows.
         ignored_tensors: Theirs that hold nothing learnt.
+        whole_heads: Its class in transformers refuses a width that the heads do not divide.
         whole: The one key that holds all our options as they are; tensors have our names then.
     """
 
@@ -94,6 +95,7 @@ class Family:
     ignored: frozenset[str] = frozenset()
     ignored_tensors: tuple[str, ...] = ()
     whole: str = ""
+    whole_heads: bool = False
 
     def read(self, values: Mapping[str, Any]) -> ModelConfig:
         """The `ModelConfig` that a `config.json` of this family describes.
@@ -145,6 +147,8 @@ class Family:
             return []
         if (config.moe is not None) != ("moe.experts" in self._paths()):
             return ["moe"]
+        if self.whole_heads and config.d_model % config.attention.heads:
+            return ["d_model that is no multiple of heads"]
         try:
             return sorted(self._differences(config, self.write(config)).keys() - _inert(config))
         except (ConfigError, FormatError):
@@ -396,6 +400,7 @@ OWN = Family(model_type="moiety", architecture="Transformer", keys={}, tensors={
 _LLAMA = Family(
     model_type="llama",
     architecture="LlamaForCausalLM",
+    whole_heads=True,
     keys={
         **_COMMON_KEYS,
         "intermediate_size": "d_ff",

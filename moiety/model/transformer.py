@@ -150,17 +150,10 @@ class Transformer(nn.Module):
             `.logits` (B, S, V), `.hidden` (B, S, D) and `.routing` by layer.
 
         Raises:
-            UsageError: the tokens have a wrong shape, or do not fit the cache.
+            UsageError: tokens, padding, cache or pinned routings that do not fit the model or each other.
         """
-        if tokens_BS.dim() != 2:
-            raise UsageError(
-                f"tokens have shape {tuple(tokens_BS.shape)}; (sequences, positions) is wanted",
-                hint="for one sequence use tokens[None]",
-            )
-        start, positions = 0, tokens_BS.shape[1]
-        if cache is not None:
-            cache.check_room(positions)
-            start = cache.length
+        self._check(tokens_BS, cache, valid_BS, pinned or {})
+        start, positions = 0 if cache is None else cache.length, tokens_BS.shape[1]
         attention = self.config.attention
         positions_S = torch.arange(start, start + positions, device=tokens_BS.device)
         context = ForwardContext(
@@ -179,6 +172,42 @@ class Transformer(nn.Module):
             cache.advance(positions)
         head_weight = self.embed.weight if self.head is None else self.head.weight
         return ModelOutput(hidden=self.norm(x_BSD), head_weight=head_weight, routing=routing)
+
+    def _check(
+        self, tokens_BS: Tensor, cache: KVCache | None, valid_BS: Tensor | None, pinned: Mapping[int, Routing]
+    ) -> None:
+        """Refuse what would fail deep inside, or not fail and be wrong."""
+        shape, vocabulary = tuple(tokens_BS.shape), self.config.vocab_size
+        if len(shape) != 2:
+            raise UsageError(
+                f"tokens have shape {shape}; (sequences, positions) is wanted",
+                hint="for one sequence use tokens[None]",
+            )
+        if (
+            tokens_BS.device.type == "cpu" and tokens_BS.numel()
+        ):  # elsewhere looking would wait for the device
+            low, high = (int(edge) for edge in tokens_BS.aminmax())
+            if not 0 <= low <= high < vocabulary:
+                raise UsageError(
+                    f"tokens range from {low} to {high}; the vocabulary is 0 to {vocabulary - 1}",
+                    hint="is this the model's tokenizer?",
+                )
+        if valid_BS is not None:
+            if valid_BS.dtype != torch.bool or tuple(valid_BS.shape) != shape:
+                raise UsageError(
+                    f"valid_BS is {valid_BS.dtype} {tuple(valid_BS.shape)}; bool {shape} is wanted"
+                )
+            if bool((valid_BS[:, 1:] & ~valid_BS[:, :-1]).any()):
+                raise UsageError("valid_BS has padding before real tokens", hint="put padding at the end")
+        unknown = sorted(pinned.keys() - set(self.config.moe_layers))
+        if unknown:
+            raise UsageError(
+                f"layers {unknown} have no routing to pin", hint=f"it has {self.config.moe_layers}"
+            )
+        if cache is not None:
+            cache.check_room(*shape)
+            if self.checkpointing and torch.is_grad_enabled():
+                raise UsageError("a cache cannot be recomputed", hint="generate under torch.no_grad()")
 
     def _run(self, block: nn.Module, x_BSD: Tensor, context: ForwardContext) -> tuple[Tensor, Routing | None]:
         """One block, recomputed in backward when asked to; the recomputation repeats the first routing."""

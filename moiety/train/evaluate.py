@@ -14,7 +14,7 @@ import torch
 from moiety.model.loss import IGNORED, cross_entropy
 from moiety.model.transformer import Transformer
 from moiety.observe.stats import counts_by_group
-from moiety.train.data import TokenData
+from moiety.train.data import Batch, TokenData
 
 __all__ = ["Evaluation", "autocast", "evaluate"]
 
@@ -73,7 +73,6 @@ def evaluate(
         dtype: "fp32" or "bf16".
     """
     begun = time.perf_counter()
-    device = next(model.parameters()).device
     training = model.training
     model.eval()
     nats: dict[str, float] = {}
@@ -81,26 +80,12 @@ def evaluate(
     counts_SLE: list[npt.NDArray[np.int64]] = []
     domain_S: list[int] = []
     for number, domain in enumerate(data.domains):
-        total = 0.0
-        scored = 0
+        total, scored = 0.0, 0
         for piece in data.evaluation(domain, B=batch, S=length, limit=limit):
-            tokens_BS, targets_BS = piece.tokens_BS.to(device), piece.targets_BS.to(device)
-            valid_BS = targets_BS != IGNORED
-            valid_BS = (
-                valid_BS.flip(1).cummax(1).values.flip(1)
-            )  # padding is only what follows the last target
-            with autocast(dtype, device):
-                output = model(tokens_BS, valid_BS=valid_BS)
-                total += cross_entropy(output.hidden, output.head_weight, targets_BS).item()
-            scored += piece.target_bytes
-            sequences, positions = tokens_BS.shape
-            sequence_T = torch.arange(sequences, device=device).repeat_interleave(positions)
-            if output.routing:
-                layers = [
-                    counts_by_group(routing, sequence_T, sequences) for routing in output.routing.values()
-                ]
-                counts_SLE.append(np.stack(layers, axis=1))
-            domain_S += [number] * sequences
+            loss, counts = _score(model, piece, dtype)
+            total, scored = total + loss, scored + piece.target_bytes
+            counts_SLE += counts
+            domain_S += [number] * len(piece.tokens_BS)
         if scored:
             nats[domain], size_bytes[domain] = total, scored
     model.train(training)
@@ -118,3 +103,18 @@ def evaluate(
         domain_S=by_sequence,
         seconds=time.perf_counter() - begun,
     )
+
+
+def _score(model: Transformer, piece: Batch, dtype: str) -> tuple[float, list[npt.NDArray[np.int64]]]:
+    """Summed loss of a batch in nats, and for an MoE its pairs of each (sequence, layer, expert)."""
+    device = next(model.parameters()).device
+    tokens_BS, targets_BS = piece.tokens_BS.to(device), piece.targets_BS.to(device)
+    valid_BS = targets_BS != IGNORED
+    valid_BS = valid_BS.flip(1).cummax(1).values.flip(1)  # padding is only what follows the last target
+    with autocast(dtype, device):
+        output = model(tokens_BS, valid_BS=valid_BS)
+        loss = cross_entropy(output.hidden, output.head_weight, targets_BS).item()
+    sequences, positions = tokens_BS.shape
+    sequence_T = torch.arange(sequences, device=device).repeat_interleave(positions)
+    layers = [counts_by_group(routing, sequence_T, sequences) for routing in output.routing.values()]
+    return loss, [np.stack(layers, axis=1)] if layers else []

@@ -218,11 +218,7 @@ def train(
             )
         yield replace(step, state=state, evaluation=evaluation, checkpoint=written)
         if gave_up:
-            found = f"the last good checkpoint is {saved}" if saved else "no checkpoint had been written yet"
-            raise TrainingError(
-                f"{state.consecutive_skips} steps in a row had a loss or gradient that is not finite",
-                hint=f"{found}; lower the learning rate or look at the data",
-            )
+            raise _not_finite(state.consecutive_skips, saved)
         if ending:
             return
 
@@ -303,6 +299,14 @@ def _update_biases(
         if moe.selection_bias is not None and model.config.moe is not None:
             load_E = torch.from_numpy(routed[layer].counts_E).to(moe.selection_bias.device)
             balance.update_bias(moe.selection_bias, load_E, model.config.moe.bias_rate)
+
+
+def _not_finite(steps: int, saved: Path | None) -> TrainingError:
+    found = f"the last good checkpoint is {saved}" if saved else "no checkpoint had been written yet"
+    return TrainingError(
+        f"{steps} steps in a row had a loss or gradient that is not finite",
+        hint=f"{found}; lower the learning rate or look at the data",
+    )
 
 
 def _due(step: int, every: int) -> bool:

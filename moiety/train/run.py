@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from moiety import config as configs
 from moiety import cost
@@ -16,9 +16,21 @@ from moiety.model.tokenizer import Tokenizer
 from moiety.storage import write_atomically
 from moiety.train import corpus
 from moiety.train.data import TokenData, build, prepare_tokenizer
+from moiety.train.model_options import ModelOptions
 from moiety.train.options import TrainOptions
+from moiety.train.state import latest_checkpoint
 
-__all__ = ["RunPlan", "Text", "describe", "prepare_text", "read_plan", "write_plan"]
+__all__ = [
+    "Opened",
+    "RunPlan",
+    "Text",
+    "describe",
+    "prepare_text",
+    "read_plan",
+    "resume",
+    "start",
+    "write_plan",
+]
 
 PLAN = "run.json"
 
@@ -80,6 +92,67 @@ def prepare_text(
     tokenizer = tokenizer or prepare_tokenizer(split, vocab_size, folder / "tokenizer")
     data = build(split, tokenizer, folder / "tokens")
     return Text(data=data, tokenizer=tokenizer, notes=(*read.notes, *split.notes, *data.notes))
+
+
+class Opened(NamedTuple):
+    """A run ready to go: its plan, its text, the checkpoint to go on from, and what a person should know."""
+
+    plan: RunPlan
+    text: Text
+    checkpoint: Path | None
+    notes: tuple[str, ...]
+
+
+def start(
+    folder: Path,
+    sources: Sequence[str],
+    model: ModelOptions,
+    options: TrainOptions,
+    *,
+    vocab_size: int,
+    bytes_per_domain: int,
+) -> Opened:
+    """A new run in `folder`; `write_plan` makes it one that can be resumed.
+
+    Raises:
+        UsageError: there is a run already.
+        DataError: a text cannot be read or is too little.
+        ConfigError: the options do not fit together.
+    """
+    if (folder / PLAN).exists():
+        raise UsageError(
+            f"{folder} already holds a run", hint="--resume goes on with it; --out names another folder"
+        )
+    model.config(vocab_size, options.length)  # refuse what cannot be before reading any text
+    text = prepare_text(folder, sources, vocab_size=vocab_size, bytes_per_domain=bytes_per_domain)
+    plan = RunPlan(
+        model=model.config(text.tokenizer.vocab_size, options.length),
+        train=options,
+        sources=tuple(sources),
+        bytes_per_domain=bytes_per_domain,
+        vocab_size=vocab_size,
+        fingerprint=text.data.fingerprint,
+    )
+    return Opened(plan, text, None, text.notes)
+
+
+def resume(folder: Path) -> Opened:
+    """The run in `folder` with its newest whole checkpoint; a damaged newer one is named in the notes.
+
+    Raises:
+        UsageError: there is no run, or its texts have changed.
+        FormatError: `run.json` is damaged.
+    """
+    plan = read_plan(folder)
+    text = prepare_text(
+        folder, plan.sources, vocab_size=plan.vocab_size, bytes_per_domain=plan.bytes_per_domain
+    )
+    if plan.fingerprint != text.data.fingerprint:
+        raise UsageError(
+            "the texts are not those the run was started with", hint="start a new run in another --out folder"
+        )
+    found = latest_checkpoint(folder)
+    return Opened(plan, text, found.path, (*text.notes, *found.damaged))
 
 
 def write_plan(run_folder: Path, plan: RunPlan) -> None:

@@ -67,7 +67,13 @@ def test_version(call: Call) -> None:
 
 @pytest.mark.parametrize(
     ("given", "meant"),
-    [("trian", "train"), ("Demo", "demo"), ("genrate", "generate"), ("docter", "doctor"), ("param", "params")],
+    [
+        ("trian", "train"),
+        ("Demo", "demo"),
+        ("genrate", "generate"),
+        ("docter", "doctor"),
+        ("param", "params"),
+    ],
 )
 def test_an_unknown_command_names_the_nearest(given: str, meant: str, call: Call) -> None:
     call(given, "--help").assert_refused(2, repr(given), hint=f"moiety {meant}")

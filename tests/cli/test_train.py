@@ -12,7 +12,7 @@ import pytest
 from moiety.model.checkpoint import load
 from moiety.train.run import read_plan
 from moiety.train.state import latest_checkpoint
-from tests.cli.conftest import SMALL, Call, interrupt_when, start, write_texts
+from tests.cli.conftest import Call, interrupt_when, small, start, write_texts
 from tests.train import tiny
 
 
@@ -27,7 +27,7 @@ def _names(folder: Path) -> list[str]:
 
 def test_a_run_from_its_start_to_its_end(call: Call, texts: list[str], tmp_path: Path) -> None:
     out = tmp_path / "run"
-    said = call("train", *texts, "--out", out, *SMALL)
+    said = call("train", *texts, "--out", out, *small())
     assert said.code == 0
     assert said.out.startswith(f"done: {out}") and "moiety generate" in said.out
     assert "step 6" in said.err and "bits/byte" in said.err and "parameters" in said.err
@@ -40,17 +40,15 @@ def test_a_run_from_its_start_to_its_end(call: Call, texts: list[str], tmp_path:
 
 
 def test_json_is_all_there_is_on_stdout(call: Call, texts: list[str], tmp_path: Path) -> None:
-    said = call("train", *texts, "--out", tmp_path, *SMALL, "--json")
+    said = call("train", *texts, "--out", tmp_path, *small(), "--json")
     assert said.code == 0 and said.json["step"] == 6 and said.json["run"] == str(tmp_path)
     assert 0 < said.json["loss"] < 10 and said.json["seconds"] > 0
 
 
-def test_json_of_a_run_whose_last_step_was_not_finite(
-    call: Call, texts: list[str], tmp_path: Path
-) -> None:
+def test_json_of_a_run_whose_last_step_was_not_finite(call: Call, texts: list[str], tmp_path: Path) -> None:
     """NaN is no JSON; the command still says what it did and ends well."""
-    rate = ["--learning-rate", "1e30", "--warmup", "0", "--steps", "3", "--clip", "0"]
-    said = call("train", *texts, "--out", tmp_path, *SMALL, *rate, "--json")
+    rate = small(learning_rate=1e38, warmup=0, steps=3, clip=0)
+    said = call("train", *texts, "--out", tmp_path, *rate, "--json")
     assert said.code in (0, 1) and "not finite" in said.err
     if said.code == 0:
         assert said.json["step"] == 3
@@ -58,23 +56,23 @@ def test_json_of_a_run_whose_last_step_was_not_finite(
 
 @pytest.mark.parametrize("columns", [40, 80])
 def test_a_narrow_terminal(columns: int, call: Call, texts: list[str], tmp_path: Path) -> None:
-    said = call("train", *texts, "--out", tmp_path, *SMALL, "--steps", 2, columns=columns)
+    said = call("train", *texts, "--out", tmp_path, *small(steps=2), columns=columns)
     assert said.code == 0
     assert all(len(line) <= columns for line in said.err.splitlines()), said.err
 
 
 def test_dry_run_writes_no_run(call: Call, texts: list[str], tmp_path: Path) -> None:
-    said = call("train", *texts, "--out", tmp_path, *SMALL, "--dry-run")
+    said = call("train", *texts, "--out", tmp_path, *small(), "--dry-run")
     assert said.code == 0 and "parameters" in said.err and "epochs" in said.err
     assert not (tmp_path / "run.json").exists() and not (tmp_path / "checkpoints").exists()
-    assert call("train", *texts, "--out", tmp_path, *SMALL, "--steps", 1).code == 0
+    assert call("train", *texts, "--out", tmp_path, *small(steps=1)).code == 0
 
 
 def test_every_kind_of_source(call: Call, texts: list[str], tmp_path: Path) -> None:
     folder = Path(texts[1]).parent
     for number, sources in enumerate(([f"{folder}/plain.txt"], [texts[0]], [texts[1]], [str(folder)])):
         out = tmp_path / str(number)
-        assert call("train", *sources, "--out", out, *SMALL, "--steps", 1).code == 0
+        assert call("train", *sources, "--out", out, *small(steps=1)).code == 0
         last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
         domains = {name.partition("/")[2] for name in last if name.startswith("bits_per_byte/")} - {"mean"}
         assert domains == [{"plain"}, {"animals"}, {"code"}, {"plain", "code"}][number]
@@ -111,24 +109,22 @@ def test_bad_text_is_named(name: str, said: str, call: Call, tmp_path: Path) -> 
     (tmp_path / "texts").mkdir()
     path = _bad(tmp_path / "texts")[name]
     for source in (path, f"{path}:domain=x"):
-        call("train", source, "--out", tmp_path / "run", *SMALL).assert_refused(1, name, said)
+        call("train", source, "--out", tmp_path / "run", *small()).assert_refused(1, name, said)
     assert not (tmp_path / "run").exists(), "nothing is written for a text that cannot be read"
 
 
-def test_too_little_text_leaves_no_run_behind(
-    call: Call, texts: list[str], tmp_path: Path
-) -> None:
+def test_too_little_text_leaves_no_run_behind(call: Call, texts: list[str], tmp_path: Path) -> None:
     """What failed before its first step can be tried again with other options in the same folder."""
-    said = call("train", *texts, "--out", tmp_path, *SMALL, "--length", 100_000)
+    said = call("train", *texts, "--out", tmp_path, *small(length=100_000))
     said.assert_refused(1, "tokens", hint="shorter")
-    again = call("train", *texts, "--out", tmp_path, *SMALL, "--steps", 1)
+    again = call("train", *texts, "--out", tmp_path, *small(steps=1))
     assert again.code == 0, again.err
 
 
 def test_a_wrong_tracker_leaves_no_run_behind(call: Call, texts: list[str], tmp_path: Path) -> None:
-    said = call("train", *texts, "--out", tmp_path, *SMALL, "--track", "tensorbored")
+    said = call("train", *texts, "--out", tmp_path, *small(), "--track", "tensorbored")
     said.assert_refused(2, "tensorbored", hint="tensorboard")
-    again = call("train", *texts, "--out", tmp_path, *SMALL, "--steps", 1)
+    again = call("train", *texts, "--out", tmp_path, *small(steps=1))
     assert again.code == 0, again.err
 
 
@@ -136,22 +132,24 @@ def test_a_domain_too_short_to_hold_out(call: Call, texts: list[str], tmp_path: 
     """Said at the start or lived with at the end, but no run is lost to it after its last step."""
     (tmp_path / "note.txt").write_text("x")
     out = tmp_path / "run"
-    said = call("train", *texts, tmp_path / "note.txt", "--out", out, *SMALL)
+    said = call("train", *texts, tmp_path / "note.txt", "--out", out, *small())
     assert (said.code == 0 and _names(out) == ["step-00000006"]) or not (out / "metrics.jsonl").exists(), (
         said.err
     )
 
 
-@pytest.mark.parametrize("extra", [["--experts", "2", "--experts-per-token", "2"], ["--experts", "1", "--router", "switch"]])
-def test_every_expert_chosen(extra: list[str], call: Call, texts: list[str], tmp_path: Path) -> None:
-    said = call("train", *texts, "--out", tmp_path, *SMALL, *extra, "--steps", 1)
+@pytest.mark.parametrize(
+    "extra", [{"experts": 2, "experts_per_token": 2}, {"experts": 1, "router": "switch"}]
+)
+def test_every_expert_chosen(extra: dict[str, object], call: Call, texts: list[str], tmp_path: Path) -> None:
+    said = call("train", *texts, "--out", tmp_path, *small(steps=1, **extra))
     assert said.code == 0, said.err
 
 
 def test_brackets_in_names_are_brackets(call: Call, texts: list[str], tmp_path: Path) -> None:
     out = tmp_path / "[/run]"
     source = texts[0].replace("domain=animals", "domain=[/animals]")
-    said = call("train", source, "--out", out, *SMALL, "--steps", 2, "--evaluate-every", 1)
+    said = call("train", source, "--out", out, *small(steps=2, evaluate_every=1))
     assert said.code == 0 and "[/animals]" in said.err.replace("\n", ""), said.err
 
 
@@ -159,20 +157,20 @@ def test_brackets_in_names_are_brackets(call: Call, texts: list[str], tmp_path: 
 def test_a_seed_of_any_size_is_taken_or_refused(
     seed: int, call: Call, texts: list[str], tmp_path: Path
 ) -> None:
-    said = call("train", *texts, "--out", tmp_path, *SMALL, "--steps", 1, "--seed", seed)
+    said = call("train", *texts, "--out", tmp_path, *small(steps=1, seed=seed))
     assert said.code == 0 or (said.code == 2 and "seed" in said.err)
 
 
 def test_out_is_a_file(call: Call, texts: list[str], tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("mine")
-    said = call("train", *texts, "--out", tmp_path / "taken", *SMALL)
+    said = call("train", *texts, "--out", tmp_path / "taken", *small())
     assert said.code in (1, 2) and "taken" in said.err and said.out == ""
     assert (tmp_path / "taken").read_text() == "mine"
 
 
 def test_a_folder_is_not_used_twice(call: Call, texts: list[str], trained: Path) -> None:
     before = (trained / "metrics.jsonl").read_bytes()
-    call("train", *texts, "--out", trained, *SMALL).assert_refused(2, str(trained.name), hint="--resume")
+    call("train", *texts, "--out", trained, *small()).assert_refused(2, str(trained.name), hint="--resume")
     assert (trained / "metrics.jsonl").read_bytes() == before and _names(trained) == ["step-00000006"]
 
 
@@ -191,7 +189,7 @@ def test_resume_of_a_finished_run_says_that_it_is_done(call: Call, trained: Path
 def test_resume_with_other_text_is_refused(call: Call, tmp_path: Path) -> None:
     sources = write_texts(tmp_path / "texts")
     out = tmp_path / "run"
-    assert call("train", *sources, "--out", out, *SMALL).code == 0
+    assert call("train", *sources, "--out", out, *small()).code == 0
     metrics = (out / "metrics.jsonl").read_bytes()
     with (tmp_path / "texts" / "plain.txt").open("a") as file:
         file.write("and one line more\n" * 20)
@@ -203,7 +201,7 @@ def test_resume_with_other_text_is_refused(call: Call, tmp_path: Path) -> None:
 
 def test_a_damaged_checkpoint_is_passed_over_aloud(call: Call, texts: list[str], tmp_path: Path) -> None:
     out = tmp_path / "run"
-    assert call("train", *texts, "--out", out, *SMALL, "--save-every", 2, "--keep", 3).code == 0
+    assert call("train", *texts, "--out", out, *small(save_every=2, keep=3)).code == 0
     straight = tiny.values(load(out / "checkpoints" / "step-00000006"))
     weights = out / "checkpoints" / "step-00000006" / "model.safetensors"
     content = bytearray(weights.read_bytes())
@@ -220,7 +218,7 @@ def test_a_damaged_checkpoint_is_passed_over_aloud(call: Call, texts: list[str],
 
 def test_no_whole_checkpoint_starts_anew_and_says_so(call: Call, texts: list[str], tmp_path: Path) -> None:
     out = tmp_path / "run"
-    assert call("train", *texts, "--out", out, *SMALL, "--steps", 2).code == 0
+    assert call("train", *texts, "--out", out, *small(steps=2)).code == 0
     shutil.rmtree(out / "checkpoints")
     said = call("train", "--resume", "--out", out)
     assert said.code == 0 and _steps(out) == [1, 2] and _names(out) == ["step-00000002"]
@@ -228,20 +226,20 @@ def test_no_whole_checkpoint_starts_anew_and_says_so(call: Call, texts: list[str
 
 def test_ctrl_c_saves_and_resume_finishes(call: Call, texts: list[str], tmp_path: Path) -> None:
     """The real program, a real signal; the end is bit for bit that of a run left alone."""
-    words = [*texts, *SMALL, "--steps", "400", "--batch", "2"]
+    words = [*texts, *small(steps=160, batch=2)]
     out, straight = tmp_path / "stopped", tmp_path / "straight"
-    said = interrupt_when(start("train", *words, "--out", out), "step 20,")
+    said = interrupt_when(start("train", *words, "--out", out), "step 8,")
     assert said.code in (0, 130) and "Traceback" not in said.err
     assert "saved" in said.err and f"moiety train --resume --out {out}" in " ".join(said.err.split())
     (name,) = _names(out)
     stopped_at = int(name.removeprefix("step-"))
-    assert 20 <= stopped_at < 400 and _steps(out) == list(range(1, stopped_at + 1))
+    assert 8 <= stopped_at < 160 and _steps(out) == list(range(1, stopped_at + 1))
     assert "done" not in said.out
     said = call("train", "--resume", "--out", out, "--json")
-    assert said.code == 0 and said.json["step"] == 400
-    assert _steps(out) == list(range(1, 401)) and "step-00000400" in _names(out)
+    assert said.code == 0 and said.json["step"] == 160
+    assert _steps(out) == list(range(1, 161)) and "step-00000160" in _names(out)
     assert call("train", *words, "--out", straight).code == 0
-    ends = [load(folder / "checkpoints" / "step-00000400") for folder in (out, straight)]
+    ends = [load(folder / "checkpoints" / "step-00000160") for folder in (out, straight)]
     tiny.assert_same_bits(tiny.values(ends[0]), tiny.values(ends[1]))
 
 
@@ -251,7 +249,7 @@ def test_relative_sources_are_found_from_elsewhere(
     write_texts(tmp_path / "texts")
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "texts")
-    assert call("train", "plain.txt", "--out", tmp_path / "run", *SMALL, "--steps", 1).code == 0
+    assert call("train", "plain.txt", "--out", tmp_path / "run", *small(steps=1)).code == 0
     monkeypatch.chdir(tmp_path / "elsewhere")
     said = call("train", "--resume", "--out", tmp_path / "run")
     assert said.code == 0, said.err

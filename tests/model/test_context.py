@@ -26,7 +26,7 @@ def test_pieces_come_back_whole_and_layers_do_not_mix() -> None:
     keys, values = torch.randn(2, 3, 2, 2, 9, 6)
     stop = 0
     for positions in (4, 1, 3, 1):
-        cache.check_room(positions)
+        cache.check_room(2, positions)
         start, stop = stop, stop + positions
         for layer in range(3):
             new = keys[layer, :, :, start:stop], values[layer, :, :, start:stop]
@@ -40,9 +40,14 @@ def test_pieces_come_back_whole_and_layers_do_not_mix() -> None:
 
 def test_room_is_stated() -> None:
     cache = KVCache(CONFIG, 1, 5)
-    cache.check_room(5)
+    cache.check_room(1, 5)
     cache.advance(3)
-    cache.check_room(2)
+    cache.check_room(1, 2)
     with pytest.raises(UsageError, match=r"holds 5 positions, 3 are used and 3 more were given[\s\S]*hint: "):
-        cache.check_room(3)
+        cache.check_room(1, 3)
     assert cache.length == 3
+
+
+def test_a_cache_is_for_its_number_of_sequences() -> None:
+    with pytest.raises(UsageError, match="for 3 sequences and 1 were given"):
+        KVCache(CONFIG, 3, 5).check_room(1, 2)

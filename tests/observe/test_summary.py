@@ -56,7 +56,9 @@ def test_a_run(finished: Race) -> None:
     for twin, kind in zip(finished[2], ("moe", "dense"), strict=True):
         run = summary.run_of(twin)
         assert (run.name, run.kind) == (kind, kind)
-        assert run.parameters_total == twin.parameters.total == sum(p.numel() for p in twin.build().parameters())
+        assert (
+            run.parameters_total == twin.parameters.total == sum(p.numel() for p in twin.build().parameters())
+        )
         assert run.parameters_active == cost.parameters(twin.config).active
         assert run.flops_per_token == cost.flops_per_token(twin.config, LENGTH // 2).total
         assert run.train_tokens_per_s == twin.tokens_per_second and run.decode_tokens_per_s > 0

@@ -125,7 +125,9 @@ def test_twins_are_equal_in_active_parameters_up_to_the_router(changes: dict[str
 
 
 def test_pairs_over_seeds() -> None:
-    pairs = seeded_pairs(tiny.shape(), tiny.options(seed=5), seeds=3, vocab_size=300, dense_learning_rate=2e-3)
+    pairs = seeded_pairs(
+        tiny.shape(), tiny.options(seed=5), seeds=3, vocab_size=300, dense_learning_rate=2e-3
+    )
     assert [[twin.options.seed for twin in twins] for twins in pairs] == [[5, 5], [6, 6], [7, 7]]
     assert all(twins[0].config == pairs[0][0].config for twins in pairs)
     assert [twins[1].options.learning_rate for twins in pairs] == [2e-3] * 3

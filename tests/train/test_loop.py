@@ -92,7 +92,9 @@ def test_selection_bias_sees_the_whole_step(data: TokenData, vocabulary: int) ->
         assert torch.equal(one, other)
 
 
-def _after(data: TokenData, vocabulary: int, batch: int, accumulate: int, **changes: Any) -> dict[str, Tensor]:
+def _after(
+    data: TokenData, vocabulary: int, batch: int, accumulate: int, **changes: Any
+) -> dict[str, Tensor]:
     net = tiny.model(vocabulary, balance_loss=0.5, z_loss=0.01)
     how = tiny.options(steps=3, warmup=0, learning_rate=1e-3, batch=batch, accumulate=accumulate, **changes)
     records = tiny.run(net, data, how)
@@ -176,12 +178,14 @@ def test_a_run_stopped_twice_is_the_run_never_stopped(
     kind: str, dtype: str, data: TokenData, vocabulary: int, tmp_path: Path
 ) -> None:
     how = tiny.options(steps=16, batch=3, accumulate=5, dtype=dtype, evaluate_every=5, seed=7)
-    assert 4 * 15 < data.sequences(LENGTH) < 14 * 15, "one stop should be in the first epoch, one in the second"
+    assert 4 * 15 < data.sequences(LENGTH) < 14 * 15, (
+        "one stop should be in the first epoch, one in the second"
+    )
     straight = tiny.model(vocabulary, **KINDS[kind])
     (tmp_path / "straight").mkdir()
     (tmp_path / "stopped").mkdir()
     _tracked(straight, data, how, tmp_path / "straight")
-    at: Path | None = None
+    at, net = None, straight
     for number, stop_at in enumerate((4, 14, 0)):
         torch.rand(number + 1)  # what else the process drew does not matter
         net = tiny.model(vocabulary, seed=number, **KINDS[kind])
@@ -406,7 +410,9 @@ def test_the_check_passes_for_our_own_routers(
     for dtype in ("fp32", "bf16"):
         how = tiny.options(dtype=dtype)
         check_router_gradient(net, next(data.batches(B=1, S=LENGTH, seed=0)), how)
-    assert all(parameter.grad is None for parameter in net.parameters()), "the check leaves no gradient behind"
+    assert all(parameter.grad is None for parameter in net.parameters()), (
+        "the check leaves no gradient behind"
+    )
 
 
 def test_the_check_does_not_take_perfect_balance_for_a_fault(data: TokenData, vocabulary: int) -> None:

@@ -106,7 +106,9 @@ def test_prepared_once(tmp_path: Path) -> None:
     second = prepare_text(tmp_path / "run", sources, vocab_size=300)
     assert second.data.fingerprint == first.data.fingerprint
     assert second.tokenizer.fingerprint == first.tokenizer.fingerprint
-    assert files == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert files == {
+        path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()
+    }
 
 
 def test_another_text_has_another_fingerprint(tmp_path: Path) -> None:

@@ -180,7 +180,9 @@ def test_tensorboard_gets_each_number(tmp_path: Path, monkeypatch: pytest.Monkey
             scalars.append(("closed", 0.0, 0))
 
     monkeypatch.setitem(
-        sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer)  # type: ignore[arg-type]
+        sys.modules,
+        "torch.utils.tensorboard",
+        SimpleNamespace(SummaryWriter=Writer),  # type: ignore[arg-type]
     )
     for tracker in open_trackers(("tensorboard",), tmp_path):
         tracker.log(3, {"loss": 0.5, "z_loss": 2.0})

@@ -44,7 +44,15 @@ def text(folder: Path) -> tuple[TokenData, Tokenizer]:
 def shape(**changes: Any) -> ModelOptions:
     """A model of one or two narrow layers."""
     return ModelOptions(
-        **{"d_model": 32, "layers": 2, "heads": 2, "d_ff": 32, "experts": 4, "experts_per_token": 2, **changes}
+        **{
+            "d_model": 32,
+            "layers": 2,
+            "heads": 2,
+            "d_ff": 32,
+            "experts": 4,
+            "experts_per_token": 2,
+            **changes,
+        }
     )
 
 

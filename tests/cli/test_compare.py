@@ -1,0 +1,42 @@
+"""`moiety compare`: twins over seeds, as a table and as JSON."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import Call, small
+
+
+def test_json_has_every_seed(call: Call, texts: list[str], tmp_path: Path) -> None:
+    words = small(steps=2)
+    said = call("compare", *texts, "--out", tmp_path, *words, "--seeds", 2, "--seed", 4, "--json")
+    assert said.code == 0
+    figures = said.json["figures"]
+    assert said.json["seeds"] == 2 and set(figures) == {"moe", "dense"}
+    for values in figures.values():
+        assert set(values) == {"mean", "animals", "code", "tokens_per_second"}
+        assert all(len(spread) == 2 and min(spread) > 0 for spread in values.values())
+        for animals, code, mean in zip(values["animals"], values["code"], values["mean"], strict=True):
+            assert mean == pytest.approx((animals + code) / 2)
+        assert values["mean"][0] != values["mean"][1], "another seed is another run"
+    single = call("compare", *texts, "--out", tmp_path, *words, "--seeds", 1, "--seed", 5, "--json")
+    assert single.json["figures"]["moe"]["code"] == figures["moe"]["code"][1:], (
+        "each seed is a run of its own"
+    )
+
+
+@pytest.mark.parametrize("columns", [40, 100])
+def test_the_table(columns: int, call: Call, texts: list[str], tmp_path: Path) -> None:
+    said = call("compare", *texts, "--out", tmp_path, *small(steps=1), "--seeds", 2, columns=columns)
+    assert said.code == 0 and said.out.count("±") >= 6 and "animals" in said.out
+    *table, host = said.out.splitlines()
+    assert "torch" in host and max(map(len, table)) <= columns
+
+
+def test_what_cannot_be_compared(call: Call, texts: list[str], tmp_path: Path) -> None:
+    words = [*texts, "--out", tmp_path / "run"]
+    call("compare", *words, *small(experts=0)).assert_refused(2, "dense", hint="experts")
+    call("compare", *words, *small(), "--seeds", 0).assert_refused(2, "seeds is 0")
+    call("compare", tmp_path / "absent.txt", *small()).assert_refused(1, "absent.txt")
