@@ -230,14 +230,15 @@ def _activation_backward(
 ) -> tuple[Tensor, Tensor]:
     """The hidden rows again, and the gradient of the pre-activation (`grad_hidden` is still unweighted)."""
     act = activation(weights.activation)
+    grad_pre = torch.empty_like(pre)
+    weighted = grad_hidden * weight
     if not weights.gated:
-        return act.forward(pre), act.backward(grad_hidden * weight, pre)
+        act.backward(weighted, pre, grad_pre)
+        return act.forward(pre), grad_pre
     gate, up = pre[:, : weights.d_ff], pre[:, weights.d_ff :]
     activated = act.forward(gate)
-    weighted = grad_hidden * weight
-    grad_pre = torch.empty_like(pre)
     torch.mul(weighted, activated, out=grad_pre[:, weights.d_ff :])
-    grad_pre[:, : weights.d_ff] = act.backward(weighted.mul_(up), gate)
+    act.backward(weighted.mul_(up), gate, grad_pre[:, : weights.d_ff])
     return activated.mul_(up), grad_pre
 
 

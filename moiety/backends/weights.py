@@ -42,29 +42,35 @@ class ExpertWeights:
 
 
 class Activation(NamedTuple):
-    """A function and its derivative times an incoming gradient: `backward(grad, input)`."""
+    """A function, and its derivative times an incoming gradient written to `out`: `backward(grad, input, out)`."""
 
     forward: Callable[[Tensor], Tensor]
-    backward: Callable[[Tensor, Tensor], Tensor]
+    backward: Callable[[Tensor, Tensor, Tensor], object]
 
 
 def _gelu_tanh(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
-def _gelu_tanh_backward(grad: Tensor, x: Tensor) -> Tensor:
-    result: Tensor = torch.ops.aten.gelu_backward(grad, x, approximate="tanh")
-    return result
+def _silu_backward(grad: Tensor, x: Tensor, out: Tensor) -> object:
+    return torch.ops.aten.silu_backward.grad_input(grad, x, grad_input=out)
 
 
-def _relu_backward(grad: Tensor, x: Tensor) -> Tensor:
-    result: Tensor = torch.ops.aten.threshold_backward(grad, x, 0)
-    return result
+def _gelu_backward(grad: Tensor, x: Tensor, out: Tensor) -> object:
+    return torch.ops.aten.gelu_backward.grad_input(grad, x, grad_input=out)
+
+
+def _gelu_tanh_backward(grad: Tensor, x: Tensor, out: Tensor) -> object:
+    return torch.ops.aten.gelu_backward.grad_input(grad, x, approximate="tanh", grad_input=out)
+
+
+def _relu_backward(grad: Tensor, x: Tensor, out: Tensor) -> object:
+    return torch.ops.aten.threshold_backward.grad_input(grad, x, 0, grad_input=out)
 
 
 ACTIVATIONS = {
-    "silu": Activation(F.silu, torch.ops.aten.silu_backward),
-    "gelu": Activation(F.gelu, torch.ops.aten.gelu_backward),
+    "silu": Activation(F.silu, _silu_backward),
+    "gelu": Activation(F.gelu, _gelu_backward),
     "gelu_tanh": Activation(_gelu_tanh, _gelu_tanh_backward),
     "relu": Activation(F.relu, _relu_backward),
 }
