@@ -51,9 +51,8 @@ MUTATIONS = (
     Mutation(
         "transposed square weights",
         "backends/matmul.py",
-        "    return F.linear(x_ND, weight_FD, bias_F)\n\n\ndef multiply_rows_back",
-        "    square = weight_FD.shape[0] == weight_FD.shape[1]\n"
-        "    return F.linear(x_ND, weight_FD.t() if square else weight_FD, bias_F)\n\n\ndef multiply_rows_back",
+        "        torch.mm(x_ND, weight_FD.t(), out=out_NF)",
+        "        torch.mm(x_ND, weight_FD if out_NF.shape[1] == x_ND.shape[1] else weight_FD.t(), out=out_NF)",
         BACKENDS,
     ),
     Mutation(
@@ -66,8 +65,8 @@ MUTATIONS = (
     Mutation(
         "dropped last expert",
         "routing.py",
-        "for e, (start, stop) in enumerate(zip(starts, ends, strict=True)) if stop > start]",
-        "for e, (start, stop) in enumerate(zip(starts, ends, strict=True)) if stop > start and e + 1 < len(ends)]",
+        "for e, (start, stop) in enumerate(zip(starts, ends, strict=True)) if stop > start\n        ]",
+        "for e, (start, stop) in enumerate(zip(starts, ends, strict=True)) if start < stop < ends[-1]\n        ]",
         BACKENDS,
     ),
     Mutation(

@@ -51,9 +51,7 @@ def _run(words: list[str]) -> int:
         print(_overview())
         return 0
     if words[0] == "--version":
-        from importlib.metadata import version
-
-        print(version("moiety"))
+        print(_version())
         return 0
     name, rest = words[0], words[1:]
     if name not in COMMANDS:
@@ -68,6 +66,15 @@ def _run(words: list[str]) -> int:
     except CycloptsError as error:
         raise UsageError(str(error).strip(), hint=f"`moiety {name} --help` lists the options") from None
     return int(result or 0)
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("moiety")
+    except PackageNotFoundError:
+        return "unknown: this is a checkout that was never installed"
 
 
 def _overview() -> str:

@@ -5,18 +5,14 @@ from __future__ import annotations
 import sys
 from typing import Annotated
 
-from cyclopts import App, Parameter
+from cyclopts import Parameter
 
-from moiety.cli.output import talk
+from moiety.cli.output import command, talk
 from moiety.infer.options import SamplingOptions
 
 __all__ = ["app"]
 
-app = App(
-    name="moiety chat",
-    version_flags=[],
-    help="Talk to a trained model, line by line; an empty line or Ctrl-D ends.",
-)
+app = command("moiety chat", "Talk to a trained model, line by line; an empty line or Ctrl-D ends.")
 
 
 @app.default

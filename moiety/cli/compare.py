@@ -5,18 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from cyclopts import App, Parameter
+from cyclopts import Parameter
 
-from moiety.cli.output import interruptible, print_json, print_table, talk
+from moiety.cli.output import command, interruptible, print_json, print_table, talk
 from moiety.train.model_options import ModelOptions
 from moiety.train.options import TrainOptions
 
 __all__ = ["app"]
 
-app = App(
-    name="moiety compare",
-    version_flags=[],
-    help="Train an MoE and its dense twin of equal active parameters with several seeds, and tabulate.",
+app = command(
+    "moiety compare",
+    "Train an MoE and its dense twin with several seeds, and tabulate.",
 )
 
 

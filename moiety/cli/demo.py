@@ -6,18 +6,14 @@ import shutil
 from pathlib import Path
 from typing import Annotated
 
-from cyclopts import App, Parameter
+from cyclopts import Parameter
 
-from moiety.cli.output import interruptible, print_table, talk
+from moiety.cli.output import command, interruptible, print_table, talk
 from moiety.train.model_options import ModelOptions
 
 __all__ = ["app"]
 
-app = App(
-    name="moiety demo",
-    version_flags=[],
-    help="Train a small MoE and its dense twin on real text, and compare them.",
-)
+app = command("moiety demo", "Train a small MoE and its dense twin on real text, and compare them.")
 
 
 @app.default
@@ -38,13 +34,13 @@ def demo(
     from moiety.train.host import keep_freed_memory
     from moiety.train.run import prepare_text
 
+    options = demo_options(steps, seed)
     console = talk()
     keep_freed_memory()
     console.print("reading text and learning a tokenizer (kept for the next time)")
     text = prepare_text(out, (), vocab_size=vocab_size, bytes_per_domain=bytes_per_domain)
     for note in text.notes:
         console.print(note, style="dim")
-    options = demo_options(steps, seed)
     twins = pair(
         model, options, vocab_size=text.tokenizer.vocab_size, dense_learning_rate=DENSE_LEARNING_RATE
     )

@@ -6,15 +6,13 @@ import importlib.util
 import platform
 from typing import Annotated, Any
 
-from cyclopts import App, Parameter
+from cyclopts import Parameter
 
-from moiety.cli.output import print_json, print_table
+from moiety.cli.output import command, print_json, print_table
 
 __all__ = ["app"]
 
-app = App(
-    name="moiety doctor", help="Say what this machine offers, which parts are used, and what is missing."
-)
+app = command("moiety doctor", "Say what this machine offers, which parts are used, and what is missing.")
 
 EXTRAS = {
     "plotly": ("report", "`moiety demo` cannot write report.html"),

@@ -7,14 +7,14 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Annotated
 
-from cyclopts import App, Parameter
+from cyclopts import Parameter
 
-from moiety.cli.output import print_json, talk
+from moiety.cli.output import command, print_json, talk
 from moiety.infer.options import SamplingOptions
 
 __all__ = ["app"]
 
-app = App(name="moiety generate", version_flags=[], help="Continue a prompt with a trained model.")
+app = command("moiety generate", "Continue a prompt with a trained model.")
 
 
 @app.default

@@ -11,15 +11,22 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+from cyclopts import App
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-__all__ = ["interruptible", "print_json", "print_table", "short", "talk"]
+__all__ = ["command", "interruptible", "print_json", "print_table", "short", "talk"]
+
+
+def command(name: str, help: str) -> App:
+    """A command's parser; `--version` is the program's alone, and Ctrl-C reaches `main`."""
+    return App(name=name, help=help, version_flags=[], suppress_keyboard_interrupt=False)
 
 
 def talk() -> Console:
     """The console for everything that is not a result; colour only on a terminal and never with NO_COLOR."""
-    return Console(stderr=True, highlight=False)
+    return Console(stderr=True, highlight=False, markup=False)
 
 
 def print_json(value: Any) -> None:
@@ -32,19 +39,19 @@ def print_table(
     title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], console: Console | None = None
 ) -> None:
     """A table on stdout; the first column is text, the others are numbers. On a narrow terminal, one block per row."""
-    console = console or Console(highlight=False)
+    console = console or Console(highlight=False, markup=False)
     if console.width < 60:
-        console.print(title, style="bold")
+        console.print(Text(title), style="bold")
         for row in rows:
-            console.print(row[0], style="bold")
+            console.print(Text(row[0]), style="bold")
             for name, cell in zip(columns[1:], row[1:], strict=True):
-                console.print(f"  {name}: {cell}")
+                console.print(Text(f"  {name}: {cell}"))
         return
-    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
+    table = Table(title=Text(title), title_justify="left", title_style="bold", header_style="bold")
     for number, name in enumerate(columns):
         table.add_column(name, justify="left" if number == 0 else "right", overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))  # plain text: a bracket in a cell is a bracket
     console.print(table)
 
 

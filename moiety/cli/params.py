@@ -5,17 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from cyclopts import App, Parameter
+from cyclopts import Parameter
 
 from moiety import cost, registry
-from moiety.cli.output import parameter_rows, print_json, print_table
+from moiety.cli.output import command, parameter_rows, print_json, print_table
 from moiety.config import Architecture, ModelConfig
 
 __all__ = ["app"]
 
-app = App(
-    name="moiety params", help="Count parameters, FLOPs and bytes of a known model or a checkpoint folder."
-)
+app = command("moiety params", "Count parameters, FLOPs and bytes of a known model or a checkpoint folder.")
 
 
 def _config(name: str) -> Architecture:

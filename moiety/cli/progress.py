@@ -8,6 +8,7 @@ from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from moiety.cli.output import talk
 from moiety.train.compare import Contender
@@ -29,11 +30,18 @@ class TrainingDisplay:
         self.console = console
         narrow = console.width < 80
         self.progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=8 if narrow else 24),
-            TextColumn("{task.completed}/{task.total}"),
-            TextColumn("{task.fields[loss]}"),
-            *([] if narrow else [TextColumn("{task.fields[speed]}"), TextColumn("{task.fields[router]}")]),
+            TextColumn("{task.completed}/{task.total}", markup=False),
+            TextColumn("{task.fields[loss]}", markup=False),
+            *(
+                []
+                if narrow
+                else [
+                    TextColumn("{task.fields[speed]}", markup=False),
+                    TextColumn("{task.fields[router]}", markup=False),
+                ]
+            ),
             TimeRemainingColumn(compact=narrow),
             console=console,
             disable=not console.is_terminal,
@@ -68,12 +76,12 @@ class TrainingDisplay:
             self.tasks[contender.name], completed=step, loss=loss, speed=speed, router=router
         )
         if record.skipped:
-            self.console.print(f"{contender.name}: step {step} was not finite and changed nothing")
+            self.console.print(Text(f"{contender.name}: step {step} was not finite and changed nothing"))
         if record.evaluation is not None:
             bits = record.evaluation.mean_bits_per_byte
-            self.console.print(f"{contender.name}: step {step}, {bits:.3f} bits/byte on held-out text")
+            self.console.print(Text(f"{contender.name}: step {step}, {bits:.3f} bits/byte on held-out text"))
         if not self.console.is_terminal and step % max(contender.options.steps // PLAIN_EVERY, 1) == 0:
-            self.console.print(f"{contender.name}: step {step}, {loss}, {speed} {router}".rstrip())
+            self.console.print(Text(f"{contender.name}: step {step}, {loss}, {speed} {router}".rstrip()))
 
 
 def train_shown(opened: Opened, out: Path, stop: Stop, trackers: tuple[str, ...]) -> StepRecord | None:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 
-from cyclopts import App, Parameter
+from cyclopts import Parameter
 
-from moiety.cli.output import interruptible, print_json, talk
+from moiety.cli.output import command, interruptible, print_json, talk
 from moiety.train.model_options import ModelOptions
 from moiety.train.options import TrainOptions
 
 __all__ = ["app"]
 
-app = App(name="moiety train", version_flags=[], help="Train a model on your text, or resume a run.")
+app = command("moiety train", "Train a model on your text, or resume a run.")
 
 Flag = Parameter(negative="")
 
@@ -37,7 +38,9 @@ def train(
     from moiety.cli.progress import train_shown
     from moiety.train import run
     from moiety.train.host import keep_freed_memory
+    from moiety.train.track import check_trackers
 
+    check_trackers(track)
     console = talk()
     if resume:
         opened = run.resume(out)
@@ -54,12 +57,14 @@ def train(
     keep_freed_memory()
     with interruptible(console, "the step at hand is finished, then saved") as stop:
         last = train_shown(opened, out, stop, track)
-    done = last is None or last.state.step == opened.plan.train.steps
+    step = opened.plan.train.steps if last is None else last.state.step
+    done = step == opened.plan.train.steps
     if not done:
         console.print(f"stopped and saved; go on with: moiety train --resume --out {out}")
-    if json and last is not None:
-        state = last.state
-        print_json({"run": str(out), "step": state.step, "loss": last.loss, "seconds": state.seconds})
+    if json:
+        loss = last.loss if last is not None and math.isfinite(last.loss) else None
+        seconds = None if last is None else last.state.seconds
+        print_json({"run": str(out), "step": step, "loss": loss, "seconds": seconds, "done": done})
     elif done:
         print(f"done: {out}; try: moiety generate {out} 'def '")
     return 0

@@ -28,7 +28,8 @@ from moiety.observe.report import (
 from moiety.observe.stats import Specialization, counts_by_group, specialization_of_sequences, top_tokens
 from moiety.train.compare import Contender
 from moiety.train.data import TokenData
-from moiety.train.evaluate import Evaluation
+from moiety.train.evaluate import Evaluation, real_tokens
+from moiety.train.loop import StepRecord
 
 __all__ = [
     "corpus_of",
@@ -58,9 +59,6 @@ def run_of(contender: Contender) -> Run:
     """One contender's curves and figures; measures its decoding speed."""
     counts = contender.parameters
     records = [record for record in contender.records if not record.skipped]
-    thinned = records[:: max(len(records) // POINTS, 1)]
-    if records and thinned[-1] is not records[-1]:
-        thinned.append(records[-1])
     return Run(
         name=contender.name,
         kind="dense" if contender.config.moe is None else "moe",
@@ -74,7 +72,7 @@ def run_of(contender: Contender) -> Run:
                 loss=record.loss,
                 seconds=record.state.seconds,
             )
-            for record in thinned
+            for record in _thinned(records, POINTS)
         ),
         evaluation=tuple(
             EvaluationPoint(step=record.state.step, domain=domain, bits_per_byte=bits)
@@ -86,6 +84,12 @@ def run_of(contender: Contender) -> Run:
         train_tokens_per_s=contender.tokens_per_second,
         decode_tokens_per_s=decode_speed(contender.build()),
     )
+
+
+def _thinned(records: Sequence[StepRecord], points: int) -> list[StepRecord]:
+    """About `points` records, the last one always among them."""
+    some = list(records[:: max(len(records) // points, 1)])
+    return some if not records or some[-1] is records[-1] else [*some, records[-1]]
 
 
 def decode_speed(model: Transformer, *, tokens: int = 64) -> float:
@@ -110,7 +114,7 @@ def health_of(contender: Contender) -> tuple[HealthPoint, ...]:
             load_entropy=health.load_entropy,
             dead=health.dead,
         )
-        for record in records[:: max(len(records) // HEALTH_POINTS, 1)]
+        for record in _thinned(records, HEALTH_POINTS)
         for layer, health in record.health.items()
     )
 
@@ -128,11 +132,13 @@ def favourite_tokens(model: Transformer, data: TokenData, tokenizer: Tokenizer) 
     """For every expert of every MoE layer the tokens it gets most, on held-out text."""
     length, seen_V = model.config.max_positions, np.zeros(model.config.vocab_size, np.int64)
     counts: dict[int, np.ndarray[tuple[int, ...], np.dtype[np.int64]]] = {}
-    for domain in data.domains:
+    held_out = data.sizes("held_out")
+    for domain in (name for name in data.domains if held_out[name]["documents"]):
         for batch in data.evaluation(domain, B=8, S=length, limit=SEQUENCES_PER_DOMAIN):
+            valid_BS = real_tokens(batch.targets_BS)
             tokens_T = batch.tokens_BS.reshape(-1)
-            seen_V += np.bincount(tokens_T.numpy(), minlength=len(seen_V))
-            for layer, routing in model(batch.tokens_BS).routing.items():
+            seen_V += np.bincount(batch.tokens_BS[valid_BS].numpy(), minlength=len(seen_V))
+            for layer, routing in model(batch.tokens_BS, valid_BS=valid_BS).routing.items():
                 found = counts_by_group(routing, tokens_T, len(seen_V))
                 counts[layer] = counts[layer] + found if layer in counts else found
     return tuple(

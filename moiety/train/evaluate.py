@@ -10,13 +10,14 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from moiety.model.loss import IGNORED, cross_entropy
 from moiety.model.transformer import Transformer
 from moiety.observe.stats import counts_by_group
 from moiety.train.data import Batch, TokenData
 
-__all__ = ["Evaluation", "autocast", "evaluate"]
+__all__ = ["Evaluation", "autocast", "evaluate", "real_tokens"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -44,7 +45,7 @@ class Evaluation:
     @property
     def mean_bits_per_byte(self) -> float:
         """Mean over domains, each counting the same whatever its size."""
-        return sum(self.bits_per_byte.values()) / len(self.bits_per_byte)
+        return sum(self.bits_per_byte.values()) / max(len(self.bits_per_byte), 1)
 
 
 def autocast(dtype: str, device: torch.device) -> torch.autocast:
@@ -79,7 +80,10 @@ def evaluate(
     size_bytes: dict[str, int] = {}
     counts_SLE: list[npt.NDArray[np.int64]] = []
     domain_S: list[int] = []
+    held_out = data.sizes("held_out")
     for number, domain in enumerate(data.domains):
+        if held_out[domain]["documents"] == 0:
+            continue
         total, scored = 0.0, 0
         for piece in data.evaluation(domain, B=batch, S=length, limit=limit):
             loss, counts = _score(model, piece, dtype)
@@ -105,12 +109,16 @@ def evaluate(
     )
 
 
+def real_tokens(targets_BS: Tensor) -> Tensor:
+    """False for the padding at the end of a sequence: everything after its last scored target, bool (B, S)."""
+    return (targets_BS != IGNORED).flip(1).cummax(1).values.flip(1)
+
+
 def _score(model: Transformer, piece: Batch, dtype: str) -> tuple[float, list[npt.NDArray[np.int64]]]:
     """Summed loss of a batch in nats, and for an MoE its pairs of each (sequence, layer, expert)."""
     device = next(model.parameters()).device
     tokens_BS, targets_BS = piece.tokens_BS.to(device), piece.targets_BS.to(device)
-    valid_BS = targets_BS != IGNORED
-    valid_BS = valid_BS.flip(1).cummax(1).values.flip(1)  # padding is only what follows the last target
+    valid_BS = real_tokens(targets_BS)
     with autocast(dtype, device):
         output = model(tokens_BS, valid_BS=valid_BS)
         loss = cross_entropy(output.hidden, output.head_weight, targets_BS).item()

@@ -150,12 +150,17 @@ def check_router_gradient(model: Transformer, batch: Batch, options: TrainOption
     with autocast(options.dtype, device):
         output = model(batch.tokens_BS.to(device))
     for layer, moe in layers.items():
-        loss = balance.load_balance_loss(output.routing[layer])
+        routing = output.routing[layer]
+        if routing.experts == 1 or not moe.gate.weight.requires_grad:
+            continue  # nothing to balance, or frozen on purpose
+        # an uneven load of our own: with a perfectly even one the true gradient is zero
+        probe_E = torch.arange(1, routing.experts + 1, device=device)
+        loss = balance.load_balance_loss(routing, probe_E)
         gradient = None
         if loss.requires_grad:
             (gradient,) = torch.autograd.grad(loss, moe.gate.weight, retain_graph=True, allow_unused=True)
         norm = 0.0 if gradient is None else gradient.norm().item()
-        if moe.gate.weight.requires_grad and not (math.isfinite(norm) and norm > 0):
+        if not (math.isfinite(norm) and norm > 0):
             raise TrainingError(
                 f"the balance loss of layer {layer} gives its router a gradient of norm {norm}",
                 hint="a router or layer of your own may detach its scores; set balance_loss to 0 to train without",
@@ -213,6 +218,7 @@ def train(
                 model, data, batch=options.batch, length=options.length, limit=limit, dtype=options.dtype
             )
         if run_folder is not None and not gave_up and (ending or _due(state.step, options.save_every)):
+            _require_finite(model, saved)
             written = saved = save_checkpoint(
                 run_folder, model, optimizer, state, tokenizer=tokenizer, keep_last=options.keep
             )
@@ -299,6 +305,16 @@ def _update_biases(
         if moe.selection_bias is not None and model.config.moe is not None:
             load_E = torch.from_numpy(routed[layer].counts_E).to(moe.selection_bias.device)
             balance.update_bias(moe.selection_bias, load_E, model.config.moe.bias_rate)
+
+
+def _require_finite(model: nn.Module, saved: Path | None) -> None:
+    """An update may overflow although its gradient did not; such weights are never written."""
+    for name, parameter in model.named_parameters():
+        if not bool(parameter.isfinite().all()):
+            raise TrainingError(
+                f"{name} is no longer finite, so no checkpoint was written",
+                hint=f"lower the learning rate; the last good checkpoint is {saved or 'none'}",
+            )
 
 
 def _not_finite(steps: int, saved: Path | None) -> TrainingError:

@@ -47,6 +47,7 @@ class TrainOptions:
         check_types(self)
         for name in ("steps", "batch", "accumulate", "length", "keep", "most_skips"):
             require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be positive")
+        require(self.seed < 2**63, f"seed is {self.seed}; allowed is 0 to 2**63 - 1")
         names = (
             "warmup",
             "weight_decay",

@@ -91,7 +91,11 @@ def prepare_text(
     split = corpus.split_held_out(read.documents)
     tokenizer = tokenizer or prepare_tokenizer(split, vocab_size, folder / "tokenizer")
     data = build(split, tokenizer, folder / "tokens")
-    return Text(data=data, tokenizer=tokenizer, notes=(*read.notes, *split.notes, *data.notes))
+    notes = dict.fromkeys((*read.notes, *split.notes, *data.notes))  # each once, in order
+    silent = [domain for domain, size in data.sizes("held_out").items() if size["documents"] == 0]
+    if silent:
+        notes[f"too short to hold anything out, so not evaluated: {', '.join(silent)}"] = None
+    return Text(data=data, tokenizer=tokenizer, notes=tuple(notes))
 
 
 class Opened(NamedTuple):
@@ -128,11 +132,12 @@ def start(
     plan = RunPlan(
         model=model.config(text.tokenizer.vocab_size, options.length),
         train=options,
-        sources=tuple(sources),
+        sources=tuple(_anywhere(source) for source in sources),
         bytes_per_domain=bytes_per_domain,
         vocab_size=vocab_size,
         fingerprint=text.data.fingerprint,
     )
+    text.data.sequences(options.length)  # refuse a text too short for one sequence before the run exists
     return Opened(plan, text, None, text.notes)
 
 
@@ -153,6 +158,14 @@ def resume(folder: Path) -> Opened:
         )
     found = latest_checkpoint(folder)
     return Opened(plan, text, found.path, (*text.notes, *found.damaged))
+
+
+def _anywhere(source: str) -> str:
+    """A source that means the same from any folder."""
+    if source.startswith("hf:"):
+        return source
+    path, mark, domain = source.partition(":domain=")
+    return f"{Path(path).resolve()}{mark}{domain}"
 
 
 def write_plan(run_folder: Path, plan: RunPlan) -> None:

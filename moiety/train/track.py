@@ -14,7 +14,7 @@ from moiety.errors import DependencyError, UsageError
 from moiety.storage import write_atomically
 from moiety.train.loop import StepRecord
 
-__all__ = ["TRACKERS", "JsonLines", "Tracker", "open_trackers", "values_of"]
+__all__ = ["TRACKERS", "JsonLines", "Tracker", "check_trackers", "open_trackers", "values_of"]
 
 
 class Tracker(Protocol):
@@ -64,7 +64,7 @@ class JsonLines:
         kept = b""
         if path.exists() and after_step:
             lines = path.read_bytes().splitlines(keepends=True)
-            kept = b"".join(line for line in lines if _step_of(line) <= after_step)
+            kept = b"".join(line for line in lines if line.endswith(b"\n") and _step_of(line) <= after_step)
         write_atomically(path, kept)
         self.file = path.open("a", encoding="utf-8")
 
@@ -124,6 +124,13 @@ def _need(module: str, package: str) -> ModuleType:
         ) from error
 
 
+def check_trackers(names: Sequence[str]) -> None:
+    """Raise UsageError for a tracker that does not exist."""
+    unknown = [name for name in names if name not in TRACKERS]
+    if unknown:
+        raise UsageError(f"there is no tracker {unknown[0]!r}", hint=f"there are {', '.join(TRACKERS)}")
+
+
 def open_trackers(names: Sequence[str], folder: Path, *, after_step: int = 0) -> list[Tracker]:
     """`metrics.jsonl` in the run's folder, and each tracker in `names`.
 
@@ -131,9 +138,7 @@ def open_trackers(names: Sequence[str], folder: Path, *, after_step: int = 0) ->
         UsageError: an unknown name.
         DependencyError: the package is not installed.
     """
-    unknown = [name for name in names if name not in TRACKERS]
-    if unknown:
-        raise UsageError(f"there is no tracker {unknown[0]!r}", hint=f"there are {', '.join(TRACKERS)}")
+    check_trackers(names)
     others: list[Tracker] = [
         _TensorBoard(folder) if name == "tensorboard" else _WandbLike(name, folder) for name in names
     ]

@@ -190,7 +190,7 @@ def test_dialogues_become_domains_and_keep_a_question_together(tmp_path: Path) -
         for question in re.findall(r"Wie geht es \d+\?", document.text):
             homes.setdefault(question, set()).add(number)
     assert len(homes) == 100 and all(len(home) == 1 for home in homes.values())
-    assert corpus.notes == ("languages left out, fewer than 50,000 bytes each: tiny",)
+    assert corpus.notes == ("languages left out, fewer than 100,000 bytes each: tiny",)
     joined = "\n".join(document.text for document in corpus.documents)
     assert all(f"Antwort {i}:" in joined for i in range(1200)) and "eine Zeile" in joined
 
