@@ -26,7 +26,7 @@ from moiety.train.corpus import (
     split_held_out,
 )
 
-SMALL_BYTES = 120_000
+SMALL_BYTES = 150_000
 OPERATIONS = {"+": operator.add, "-": operator.sub, "x": operator.mul, "/": operator.truediv}
 COMPARISONS = {"<": operator.lt, ">": operator.gt, "=": operator.eq}
 
@@ -179,7 +179,7 @@ def _language(folder: Path, name: str, conversations: object) -> Path:
 
 
 def test_dialogues_become_domains_and_keep_a_question_together(tmp_path: Path) -> None:
-    talk = [[f"Wie geht es {i % 100}?", f"Antwort {i}: ja, gut, danke sehr."] for i in range(1200)]
+    talk = [[f"Wie geht es {i % 100}?", f"Antwort {i}: ja, gut, danke sehr, und so geht es weiter bis ans Ende."] for i in range(1200)]
     _language(tmp_path, "german", [*talk, "eine Zeile"])
     _language(tmp_path, "tiny", [["a", "b"]])
     corpus = dialogues(tmp_path, SMALL_BYTES)
@@ -198,7 +198,7 @@ def test_dialogues_become_domains_and_keep_a_question_together(tmp_path: Path) -
 @pytest.mark.parametrize("content", ["conversations: [1, 2]", "conversations: {", "- a"])
 def test_bad_dialogue_file_is_an_error(tmp_path: Path, content: str) -> None:
     path = _language(tmp_path, "german", [])
-    path.write_text(content + "\n#" + "x" * 60_000)
+    path.write_text(content + "\n#" + "x" * 120_000)
     with pytest.raises(DataError, match=re.escape(str(path))):
         dialogues(tmp_path, SMALL_BYTES)
 

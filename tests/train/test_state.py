@@ -242,13 +242,13 @@ def test_killed_a_hundred_times(tmp_path: Path) -> None:
     assert os.waitpid(child, 0)[1] == 0
     one_save_s = time.perf_counter() - began
     interrupted, steps = 0, set()
-    for _ in range(100):
+    for number in range(100):
         child = os.fork()
         if child == 0:
             for step in range(1, 1000):
                 save_checkpoint(tmp_path, *states[step % 2], RunState(step=2 + step), keep_last=2)
             os._exit(0)
-        time.sleep(random.random() * 3 * one_save_s)
+        time.sleep(random.random() * (1 + number % 8) * one_save_s)
         os.kill(child, signal.SIGKILL)
         assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
         interrupted += any(one.name.startswith(".") for one in (tmp_path / "checkpoints").iterdir())
