@@ -6,6 +6,10 @@ again and the gradient of a combine weight comes from <h, dh>, so no expert outp
 cache; a chunk of several is one `grouped_mm`, a chunk of one is a plain product. On a GPU everything is
 one chunk and nothing waits for the device. Sums over a token's experts run in ascending expert order,
 whatever the chunks.
+
+On a CPU a product of a new shape first compiles its kernel, and every step routes other row counts. So a
+chunk of one expert reaches up to 1/16 into the rows of the next and its count is one of few; what it
+writes there the next chunk overwrites, and the last chunk's reach is spare room at the end.
 """
 
 from __future__ import annotations
@@ -30,16 +34,18 @@ __all__ = ["expert_mlp", "grouped_linear"]
 
 CHUNK_BYTES = 8 << 20  # temporaries of one chunk, about what the last-level cache of two cores holds
 OWN_CHUNK_ROWS = 256  # an expert with this many rows fills the cores by itself
+SMALLEST_REACH = 64  # rows from which a chunk of one expert is rounded up
 OWN_CHUNK_ROWS_ONEDNN = 32  # where float32 products go to oneDNN, which has no grouped form
 
 
 class Chunk(NamedTuple):
-    """Consecutive experts and their rows, as half-open ranges."""
+    """Consecutive experts, their rows, and how far past them a product may reach, as half-open ranges."""
 
     expert: int
     expert_stop: int
     row: int
     row_stop: int
+    reach: int
 
 
 def _whole(x: Tensor, weight_EFD: Tensor) -> bool:
@@ -70,10 +76,18 @@ def _chunks(slices: list[tuple[int, int, int]], dtype: torch.dtype, widths: tupl
             and (last.expert_stop - last.expert > 1 or last.row_stop - last.row < own)
         )
         if joins and last is not None:
-            chunks[-1] = Chunk(last.expert, expert + 1, last.row, stop)
+            chunks[-1] = Chunk(last.expert, expert + 1, last.row, stop, stop)
         else:
-            chunks.append(Chunk(expert, expert + 1, start, stop))
+            chunks.append(Chunk(expert, expert + 1, start, stop, start + _few_counts(stop - start)))
     return chunks
+
+
+def _few_counts(rows: int) -> int:
+    """`rows` or up to 1/16 more, so that an octave has 16 different counts; small ones stay as they are."""
+    if rows < SMALLEST_REACH:
+        return rows
+    step = 1 << (rows.bit_length() - 5)
+    return -(-rows // step) * step
 
 
 class _Rows:
@@ -101,15 +115,18 @@ class _Plan:
 
     def __init__(self, x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> None:
         self.tokens, self.pairs = routing.tokens, routing.pairs
-        self.token_N, self.ends_E = routing.token_N, routing.ends_E
+        self.ends_E = routing.ends_E
         self.order_N, self.first_T = routing.pairs_of_token_N, routing.first_pair_T
         self.whole = _whole(x_TD, weights.up)
         if self.whole:
             self.slices: list[tuple[int, int, int]] = []
-            self.chunks = [Chunk(0, routing.experts, 0, routing.pairs)] if routing.pairs else []
+            everything = Chunk(0, routing.experts, 0, routing.pairs, routing.pairs)
+            self.chunks = [everything] if routing.pairs else []
         else:
             self.slices = routing.slices
             self.chunks = _chunks(self.slices, x_TD.dtype, (weights.up.shape[1], *weights.down.shape[1:]))
+        self.rows = max((chunk.reach for chunk in self.chunks), default=0)  # with the spare room at the end
+        self.token_N = F.pad(routing.token_N, (0, self.rows - routing.pairs))
 
     def sum_pairs(self, y_ND: Tensor, weight_N: Tensor | None) -> Tensor:
         """y[token] = sum of weight * row, in ascending expert order. No gradient."""
@@ -119,9 +136,16 @@ class _Plan:
         return torch.embedding_bag(y_ND, self.order_N, self.first_T, False, 0, False, weights)[0]
 
     def weight_gradient(self, out_EFD: Tensor, grad_NF: Tensor, x_ND: Tensor, chunk: Chunk) -> None:
-        """out[e] = g_e^T x_e for the chunk's experts. Experts without a row get zeros from the caller."""
+        """out[e] = g_e^T x_e for the chunk's experts. Experts without a row get zeros from the caller.
+
+        Rows past the chunk's own must not count: they are set to zero in `grad_NF`.
+        """
         if self.whole:
             out_EFD.copy_(F.grouped_mm(grad_NF.t(), x_ND, offs=self.ends_E.to(torch.int32)))
+            return
+        if chunk.expert_stop - chunk.expert == 1:
+            grad_NF[chunk.row_stop - chunk.row :].zero_()
+            multiply_into(out_EFD[chunk.expert], grad_NF, x_ND)
             return
         for expert, rows in self._rows_of(chunk):
             multiply_into(out_EFD[expert], grad_NF[rows], x_ND[rows])
@@ -165,13 +189,15 @@ class _ExpertMLP(torch.autograd.Function):
         weights: ExpertWeights,
     ) -> Tensor:
         act, plan = activation(weights.activation), _Plan(x_TD, routing, weights)
-        pre_NF = x_TD.new_empty(routing.pairs, up.shape[1])
-        y_ND = x_TD.new_empty(routing.pairs, down.shape[1])
-        expert_N = routing.expert_N if up_bias is not None or down_bias is not None else None
+        pre_NF = x_TD.new_empty(plan.rows, up.shape[1])
+        y_ND = x_TD.new_empty(plan.rows, down.shape[1])
+        expert_N = None
+        if up_bias is not None or down_bias is not None:
+            expert_N = F.pad(routing.expert_N, (0, plan.rows - routing.pairs))
         for chunk in plan.chunks:
-            rows, multiply = slice(chunk.row, chunk.row_stop), _Rows(chunk, plan.ends_E)
+            rows, multiply = slice(chunk.row, chunk.reach), _Rows(chunk, plan.ends_E)
             pre = pre_NF[rows]
-            multiply.forward(pre, x_TD.index_select(0, routing.token_N[rows]), up)
+            multiply.forward(pre, x_TD.index_select(0, plan.token_N[rows]), up)
             if up_bias is not None and expert_N is not None:
                 pre += up_bias.index_select(0, expert_N[rows])
             if weights.gated:
@@ -192,15 +218,16 @@ class _ExpertMLP(torch.autograd.Function):
         need_x, need_weight, need_up, need_down, need_up_bias, need_down_bias, _, _ = ctx.needs_input_grad
         plan: _Plan = ctx.plan
         grad_TD = grad_TD.contiguous()
-        grad_weight_N = torch.empty_like(weight_N)
+        padded_N = F.pad(weight_N, (0, plan.rows - plan.pairs))
+        grad_weight_N = torch.empty_like(padded_N)
         grad_up = plan.empty_gradient(up) if need_up else None
         grad_down = plan.empty_gradient(down) if need_down else None
         grad_up_bias = torch.zeros_like(up_bias) if need_up_bias else None
         grad_down_bias = torch.zeros_like(down_bias) if need_down_bias else None
-        grad_x_ND = x_TD.new_empty(plan.pairs, x_TD.shape[1]) if need_x else None
+        grad_x_ND = x_TD.new_empty(plan.rows, x_TD.shape[1]) if need_x else None
         for chunk in plan.chunks:
-            rows, multiply = slice(chunk.row, chunk.row_stop), _Rows(chunk, plan.ends_E)
-            token, pre, weight = plan.token_N[rows], pre_NF[rows], weight_N[rows, None].to(x_TD.dtype)
+            rows, multiply = slice(chunk.row, chunk.reach), _Rows(chunk, plan.ends_E)
+            token, pre, weight = plan.token_N[rows], pre_NF[rows], padded_N[rows, None].to(x_TD.dtype)
             grad_y = grad_TD.index_select(0, token)
             grad_hidden = multiply.backward(grad_y, down)
             hidden, grad_pre = _activation_backward(ctx.weights, pre, grad_hidden, weight)
@@ -221,7 +248,7 @@ class _ExpertMLP(torch.autograd.Function):
             if grad_x_ND is not None:
                 grad_x_ND[rows] = multiply.backward(grad_pre, up)
         grad_x = plan.sum_pairs(grad_x_ND, None) if grad_x_ND is not None else None
-        grad_weight = grad_weight_N if need_weight else None
+        grad_weight = grad_weight_N[: plan.pairs] if need_weight else None
         return grad_x, grad_weight, grad_up, grad_down, grad_up_bias, grad_down_bias, None, None
 
 
