@@ -47,7 +47,7 @@ def time_in_turn(
     methods: Mapping[str, Callable[[], object]],
     *,
     seconds: float,
-    least: int = 3,
+    least: int = 7,
     most: int = 50,
     cuda: bool = False,
 ) -> dict[str, list[float]]:

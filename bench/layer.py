@@ -152,7 +152,8 @@ def measure(
             name: steps(module, x_TD, grad_TD, backward)
             for name, module in {"moiety": ours, "dense twin": dense, **blocks}.items()
         }
-        times = time_in_turn(methods, seconds=seconds, cuda=device == "cuda")
+        least = 3 if tokens * shape.k * shape.d_ff * shape.d_model > 1e10 else 7
+        times = time_in_turn(methods, seconds=seconds, least=least, cuda=device == "cuda")
         label = f"{shape.name}, {tokens} tokens, {kind}, {routing}, {'fwd+bwd' if backward else 'fwd'}"
         rows.append(compare(label, times, ours="moiety", peers=names, bar=1.0))
         rows.append(compare(label, times, ours="moiety", peers=["dense twin"], bar=None))

@@ -51,6 +51,9 @@ def top_k(score_TE: Tensor, k: int) -> Tensor:
     return expert_TK.sort(dim=-1).values
 
 
+OF_THE_PAIRS = ("expert_N", "ends_E", "slices", "pairs_of_token_N", "first_pair_T", "valid_tokens")
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Routing:
     """N (token, expert) pairs sorted by expert, then by token.
@@ -120,7 +123,9 @@ class Routing:
         else:
             weight_N = weight_TK.reshape(-1).index_select(0, order_N)
         token_N = order_N.div(k, rounding_mode="floor")
-        return cls(token_N=token_N, weight_N=weight_N, counts_E=counts_E, tokens=tokens, valid_T=valid_T)
+        routing = cls(token_N=token_N, weight_N=weight_N, counts_E=counts_E, tokens=tokens, valid_T=valid_T)
+        routing.__dict__["expert_N"] = expert_N[: len(order_N)]  # known already
+        return routing
 
     @classmethod
     def from_lists(cls, token_E: Sequence[Tensor], weight_E: Sequence[Tensor], *, tokens: int) -> Routing:
@@ -208,10 +213,14 @@ class Routing:
         flat = flat.index_add(0, self.token_N * self.experts + self.expert_N, self.weight_N)
         return flat.view(self.tokens, self.experts)
 
-    def with_weights(self, weight_N: Tensor) -> Routing:
-        """The same pairs with other combine weights."""
+    def with_weights(
+        self, weight_N: Tensor, *, logits_TE: Tensor | None = None, score_TE: Tensor | None = None
+    ) -> Routing:
+        """The same pairs with other combine weights, and the logits and scores these came from."""
         assert weight_N.shape == self.token_N.shape, (weight_N.shape, self.token_N.shape)
-        return dataclasses.replace(self, weight_N=weight_N)
+        same = dataclasses.replace(self, weight_N=weight_N, logits_TE=logits_TE, score_TE=score_TE)
+        same.__dict__.update({name: self.__dict__[name] for name in OF_THE_PAIRS if name in self.__dict__})
+        return same
 
     def pinned(self) -> Routing:
         """The bare choice: pairs without weights, logits or gradients.

@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from moiety.backends.matmul import (
     multiply_into,
+    multiply_rows,
     multiply_rows_back,
     multiply_rows_into,
     prefers_onednn,
@@ -98,11 +99,15 @@ class _Rows:
         self.one = chunk.expert_stop - chunk.expert == 1
         self.ends = None if self.one else (ends_E[self.experts] - chunk.row).to(torch.int32)
 
-    def forward(self, out_NF: Tensor, x_ND: Tensor, weight_EFD: Tensor) -> None:
-        if self.one:
-            multiply_rows_into(out_NF, x_ND, weight_EFD[self.experts.start])
-        else:
-            out_NF.copy_(F.grouped_mm(x_ND, weight_EFD[self.experts].transpose(1, 2), offs=self.ends))
+    def forward(self, x_ND: Tensor, weight_EFD: Tensor, out_NF: Tensor | None) -> Tensor:
+        if not self.one:
+            y_NF = F.grouped_mm(x_ND, weight_EFD[self.experts].transpose(1, 2), offs=self.ends)
+            return y_NF if out_NF is None else out_NF.copy_(y_NF)
+        weight_FD = weight_EFD[self.experts.start]
+        if out_NF is None:
+            return multiply_rows(x_ND, weight_FD)
+        multiply_rows_into(out_NF, x_ND, weight_FD)
+        return out_NF
 
     def backward(self, grad_NF: Tensor, weight_EFD: Tensor) -> Tensor:
         if self.one:
@@ -189,24 +194,27 @@ class _ExpertMLP(torch.autograd.Function):
         weights: ExpertWeights,
     ) -> Tensor:
         act, plan = activation(weights.activation), _Plan(x_TD, routing, weights)
-        pre_NF = x_TD.new_empty(plan.rows, up.shape[1])
-        y_ND = x_TD.new_empty(plan.rows, down.shape[1])
+        single = len(plan.chunks) == 1  # then the products themselves are the whole
+        pre_NF = x_TD.new_empty(0 if single else plan.rows, up.shape[1])
+        y_ND = x_TD.new_empty(0 if single else plan.rows, down.shape[1])
         expert_N = None
         if up_bias is not None or down_bias is not None:
             expert_N = F.pad(routing.expert_N, (0, plan.rows - routing.pairs))
         for chunk in plan.chunks:
             rows, multiply = slice(chunk.row, chunk.reach), _Rows(chunk, plan.ends_E)
-            pre = pre_NF[rows]
-            multiply.forward(pre, x_TD.index_select(0, plan.token_N[rows]), up)
+            x_ND = x_TD.index_select(0, plan.token_N[rows])
+            pre = multiply.forward(x_ND, up, None if single else pre_NF[rows])
             if up_bias is not None and expert_N is not None:
                 pre += up_bias.index_select(0, expert_N[rows])
             if weights.gated:
                 hidden = act.forward(pre[:, : weights.d_ff]).mul_(pre[:, weights.d_ff :])
             else:
                 hidden = act.forward(pre)
-            multiply.forward(y_ND[rows], hidden, down)
+            y = multiply.forward(hidden, down, None if single else y_ND[rows])
             if down_bias is not None and expert_N is not None:
-                y_ND[rows] += down_bias.index_select(0, expert_N[rows])
+                y += down_bias.index_select(0, expert_N[rows])
+            if single:
+                pre_NF, y_ND = pre, y
         ctx.save_for_backward(x_TD, weight_N, up, down, pre_NF, up_bias, down_bias)
         ctx.plan, ctx.weights, ctx.expert_N = plan, weights, expert_N
         return plan.sum_pairs(y_ND, weight_N)
@@ -224,7 +232,9 @@ class _ExpertMLP(torch.autograd.Function):
         grad_down = plan.empty_gradient(down) if need_down else None
         grad_up_bias = torch.zeros_like(up_bias) if need_up_bias else None
         grad_down_bias = torch.zeros_like(down_bias) if need_down_bias else None
-        grad_x_ND = x_TD.new_empty(plan.rows, x_TD.shape[1]) if need_x else None
+        grad_x_ND = (
+            x_TD.new_empty(plan.rows if len(plan.chunks) != 1 else 0, x_TD.shape[1]) if need_x else None
+        )
         for chunk in plan.chunks:
             rows, multiply = slice(chunk.row, chunk.reach), _Rows(chunk, plan.ends_E)
             token, pre, weight = plan.token_N[rows], pre_NF[rows], padded_N[rows, None].to(x_TD.dtype)
@@ -245,7 +255,9 @@ class _ExpertMLP(torch.autograd.Function):
                 plan.bias_gradient(grad_up_bias, grad_pre, chunk)
             if grad_up is not None:
                 plan.weight_gradient(grad_up, grad_pre, x_TD.index_select(0, token), chunk)
-            if grad_x_ND is not None:
+            if grad_x_ND is not None and len(plan.chunks) == 1:
+                grad_x_ND = multiply.backward(grad_pre, up)
+            elif grad_x_ND is not None:
                 grad_x_ND[rows] = multiply.backward(grad_pre, up)
         grad_x = plan.sum_pairs(grad_x_ND, None) if grad_x_ND is not None else None
         grad_weight = grad_weight_N[: plan.pairs] if need_weight else None

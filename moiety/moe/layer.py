@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -168,7 +167,7 @@ class MoE(nn.Module):
             else:
                 pairs = pinned
             weight_N = self.router.weigh(score_TE, pairs)
-        return dataclasses.replace(pairs, weight_N=weight_N, logits_TE=logits_TE, score_TE=score_TE)
+        return pairs.with_weights(weight_N, logits_TE=logits_TE, score_TE=score_TE)
 
     def forward(self, x: Tensor, *, valid: Tensor | None = None, pinned: Routing | None = None) -> MoEOutput:
         """Route every token and add up its experts' answers.

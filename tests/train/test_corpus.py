@@ -179,7 +179,10 @@ def _language(folder: Path, name: str, conversations: object) -> Path:
 
 
 def test_dialogues_become_domains_and_keep_a_question_together(tmp_path: Path) -> None:
-    talk = [[f"Wie geht es {i % 100}?", f"Antwort {i}: ja, gut, danke sehr, und so geht es weiter bis ans Ende."] for i in range(1200)]
+    talk = [
+        [f"Wie geht es {i % 100}?", f"Antwort {i}: ja, gut, danke sehr, und so geht es weiter bis ans Ende."]
+        for i in range(1200)
+    ]
     _language(tmp_path, "german", [*talk, "eine Zeile"])
     _language(tmp_path, "tiny", [["a", "b"]])
     corpus = dialogues(tmp_path, SMALL_BYTES)
