@@ -147,7 +147,7 @@ def measure(
         names = peers_that_fit(shape, tokens, dtype, backward)
         blocks = {name: build_peer(shape, ours, name) for name in names}
         for name, block in blocks.items():
-            check_equal(ours, block, x_TD, name)
+            check_equal(shape, ours, block, x_TD, name)
         methods = {
             name: steps(module, x_TD, grad_TD, backward)
             for name, module in {"moiety": ours, "dense twin": dense, **blocks}.items()
@@ -177,12 +177,18 @@ def measure(
     return rows
 
 
-def check_equal(ours: moiety.MoE, peer: torch.nn.Module, x_TD: Tensor, name: str) -> None:
-    """Refuse to time layers that do not compute the same thing."""
+def check_equal(shape: Shape, ours: moiety.MoE, peer: torch.nn.Module, x_TD: Tensor, name: str) -> None:
+    """Refuse to time layers that do not compute the same thing.
+
+    Tokens whose k-th and next logit are equal after rounding are left out: libraries settle ties differently.
+    """
+    best_TK = x_TD[:, : shape.experts].detach().float().topk(min(shape.k + 1, shape.experts)).values
+    clear_T = best_TK[:, shape.k - 1] != best_TK[:, -1]
     with torch.no_grad():
         mine, theirs = ours(x_TD).output, peer(x_TD[None])
         theirs = (theirs if isinstance(theirs, Tensor) else theirs[0]).view(mine.shape)
-    error = (mine - theirs).norm() / theirs.norm()
+    error = (mine - theirs)[clear_T].norm() / theirs[clear_T].norm()
+    assert clear_T.float().mean() > 0.9, clear_T.float().mean()
     assert error < (2e-2 if x_TD.dtype == torch.bfloat16 else 1e-4), (name, float(error))
 
 
@@ -196,7 +202,7 @@ def main() -> int:
     for shape, tokens, dtype, skew in itertools.product(
         shapes, token_counts, (torch.bfloat16, torch.float32), (0.0, 1.5)
     ):
-        rows += measure(shape, tokens, dtype, skew, options.device, seconds=1.0 if options.quick else 4.0)
+        rows += measure(shape, tokens, dtype, skew, options.device, seconds=1.0 if options.quick else 2.5)
         print(".", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     return finish("layer", rows)

@@ -130,6 +130,8 @@ class _Plan:
         else:
             self.slices = routing.slices
             self.chunks = _chunks(self.slices, x_TD.dtype, (weights.up.shape[1], *weights.down.shape[1:]))
+            if len(self.chunks) == 1:  # its count hardly varies, and the product is kept as it is
+                self.chunks = [self.chunks[0]._replace(reach=self.chunks[0].row_stop)]
         self.rows = max((chunk.reach for chunk in self.chunks), default=0)  # with the spare room at the end
         self.token_N = F.pad(routing.token_N, (0, self.rows - routing.pairs))
 
@@ -195,7 +197,7 @@ class _ExpertMLP(torch.autograd.Function):
     ) -> Tensor:
         act, plan = activation(weights.activation), _Plan(x_TD, routing, weights)
         single = len(plan.chunks) == 1  # then the products themselves are the whole
-        pre_NF = x_TD.new_empty(0 if single else plan.rows, up.shape[1])
+        pre_NF = x_TD.new_empty(0 if single else plan.pairs, up.shape[1])
         y_ND = x_TD.new_empty(0 if single else plan.rows, down.shape[1])
         expert_N = None
         if up_bias is not None or down_bias is not None:
@@ -203,7 +205,8 @@ class _ExpertMLP(torch.autograd.Function):
         for chunk in plan.chunks:
             rows, multiply = slice(chunk.row, chunk.reach), _Rows(chunk, plan.ends_E)
             x_ND = x_TD.index_select(0, plan.token_N[rows])
-            pre = multiply.forward(x_ND, up, None if single else pre_NF[rows])
+            direct = not single and chunk.reach <= plan.pairs  # what is kept has no spare room
+            pre = multiply.forward(x_ND, up, pre_NF[rows] if direct else None)
             if up_bias is not None and expert_N is not None:
                 pre += up_bias.index_select(0, expert_N[rows])
             if weights.gated:
@@ -215,6 +218,8 @@ class _ExpertMLP(torch.autograd.Function):
                 y += down_bias.index_select(0, expert_N[rows])
             if single:
                 pre_NF, y_ND = pre, y
+            elif not direct:
+                pre_NF[chunk.row : chunk.row_stop] = pre[: chunk.row_stop - chunk.row]
         ctx.save_for_backward(x_TD, weight_N, up, down, pre_NF, up_bias, down_bias)
         ctx.plan, ctx.weights, ctx.expert_N = plan, weights, expert_N
         return plan.sum_pairs(y_ND, weight_N)
@@ -237,7 +242,8 @@ class _ExpertMLP(torch.autograd.Function):
         )
         for chunk in plan.chunks:
             rows, multiply = slice(chunk.row, chunk.reach), _Rows(chunk, plan.ends_E)
-            token, pre, weight = plan.token_N[rows], pre_NF[rows], padded_N[rows, None].to(x_TD.dtype)
+            token, weight = plan.token_N[rows], padded_N[rows, None].to(x_TD.dtype)
+            pre = F.pad(pre_NF[rows], (0, 0, 0, max(chunk.reach - plan.pairs, 0)))
             grad_y = grad_TD.index_select(0, token)
             grad_hidden = multiply.backward(grad_y, down)
             hidden, grad_pre = _activation_backward(ctx.weights, pre, grad_hidden, weight)

@@ -20,10 +20,10 @@ app = command("moiety demo", "Train a small MoE and its dense twin on real text,
 def demo(
     *,
     out: Annotated[Path, Parameter(help="folder for everything that is written")] = Path("runs/demo"),
-    steps: Annotated[int, Parameter(help="optimizer steps of each twin")] = 250,
+    steps: Annotated[int, Parameter(help="optimizer steps of each twin")] = 500,
     seed: Annotated[int, Parameter(help="seed of weights and data order")] = 0,
-    bytes_per_domain: Annotated[int, Parameter(help="size of the text, by domain")] = 1_500_000,
-    vocab_size: Annotated[int, Parameter(help="entries of the tokenizer that is learnt")] = 4096,
+    bytes_per_domain: Annotated[int, Parameter(help="size of the text, by domain")] = 1_000_000,
+    vocab_size: Annotated[int, Parameter(help="entries of the tokenizer that is learnt")] = 2048,
     model: Annotated[ModelOptions, Parameter(name="*")] = ModelOptions(),
 ) -> int:
     """Train, compare, show the routing, write a checkpoint and report.html."""

@@ -26,8 +26,8 @@ def train(
     resume: Annotated[
         bool, Flag, Parameter(help="go on with the run in --out; other options are read from it")
     ] = False,
-    vocab_size: Annotated[int, Parameter(help="entries of the tokenizer that is learnt")] = 4096,
-    bytes_per_domain: Annotated[int, Parameter(help="size of the default corpus")] = 1_500_000,
+    vocab_size: Annotated[int, Parameter(help="entries of the tokenizer that is learnt")] = 2048,
+    bytes_per_domain: Annotated[int, Parameter(help="size of the default corpus")] = 1_000_000,
     model: Annotated[ModelOptions, Parameter(name="*")] = ModelOptions(),
     options: Annotated[TrainOptions, Parameter(name="*")] = TrainOptions(),
     track: Annotated[tuple[str, ...], Parameter(help="also log to tensorboard, wandb or trackio")] = (),

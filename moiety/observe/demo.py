@@ -14,8 +14,8 @@ from moiety.train.run import Text
 
 __all__ = ["DENSE_LEARNING_RATE", "STEPS", "closing_lines", "demo_options", "report_data", "table_rows"]
 
-STEPS = 250
-DENSE_LEARNING_RATE = 3e-3  # each twin's best of a sweep; LOG.md has it
+STEPS = 500
+DENSE_LEARNING_RATE = 2.8e-3  # each twin's best of a sweep; LOG.md has it
 PROMPTS = ("def ", "The ", "Compute 47 + 38")
 ROUTED_TEXT = (
     "def area(width, height):\n    return width * height\n\n"
@@ -34,14 +34,14 @@ def demo_options(steps: int, seed: int) -> TrainOptions:
     """How both twins are trained."""
     return TrainOptions(
         steps=steps,
-        batch=16,
+        batch=8,
         length=256,
-        learning_rate=3e-3,
-        warmup=min(20, steps),
+        learning_rate=2.8e-3,
+        warmup=min(25, steps),
         dtype="bf16",
         seed=seed,
         evaluate_every=max(steps // 6, 1),
-        evaluate_sequences=12,
+        evaluate_sequences=32,
         save_every=0,
         keep=1,
     )

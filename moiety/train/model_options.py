@@ -14,9 +14,9 @@ __all__ = ["ModelOptions"]
 class ModelOptions:
     """The shape of a model to train. `experts=0` makes it dense."""
 
-    d_model: int = option(192, help="width of the residual stream")
+    d_model: int = option(128, help="width of the residual stream")
     layers: int = option(4, help="decoder blocks")
-    heads: int = option(3, help="query heads")
+    heads: int = option(2, help="query heads")
     kv_heads: int = option(0, help="key/value heads; 0 means as many as query heads")
     d_ff: int = option(256, help="inner width of one expert, or of the dense feed-forward")
     experts: int = option(8, help="routed experts in each layer; 0 means a dense model")

@@ -70,7 +70,7 @@ def prepare_text(
     sources: Sequence[str],
     *,
     vocab_size: int,
-    bytes_per_domain: int = 1_500_000,
+    bytes_per_domain: int = 1_000_000,
     tokenizer: Tokenizer | None = None,
 ) -> Text:
     """Read texts, learn or take a tokenizer, and lay the tokens down in `folder`; quick the second time.

@@ -453,3 +453,17 @@ def test_routing_of_matches_from_choices() -> None:
     ours = routing_of(chosen_TE, chosen_TE.float())
     theirs = Routing.from_choices(chosen_TE.nonzero()[:, 1].view(12, 2), experts=5)
     assert torch.equal(ours.token_N, theirs.token_N) and torch.equal(ours.counts_E, theirs.counts_E)
+
+
+@pytest.mark.parametrize("counts", [(300, 1), (300, 2, 1), (70, 301, 1), (1, 300), (300,)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_large_expert_reaches_past_the_small_ones_behind_it(counts: tuple[int, ...], bias: bool) -> None:
+    """Rounded up, its rows end behind the last pair: what it writes there must be nobody's."""
+    expert_T = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    expert_T = expert_T[torch.randperm(len(expert_T))]
+    chosen_TE = torch.nn.functional.one_hot(expert_T, len(counts)).bool()
+    for dtype in (torch.float32, torch.bfloat16):
+        Problem(chosen_TE, d_model=16, d_ff=24, bias=bias).compare(by("grouped"), dtype)
+    slices = routing_of(chosen_TE, chosen_TE.double()).slices
+    chunks = grouped._chunks(slices, torch.float64, (16, 24))
+    assert any(chunk.reach > sum(counts) for chunk in chunks[:-1]) == (counts[-1] < 10 and len(counts) > 1)
