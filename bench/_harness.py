@@ -106,7 +106,7 @@ def compare(
 
 
 def finish(bench: str, rows: list[Row]) -> int:
-    """A table on stderr, then the JSON line on stdout. 0 when every bar was met, else 4."""
+    """A table on stderr, then the JSON line on stdout. Missed bars are in both; they are no failure of the script."""
     for row in rows:
         verdict = {True: "met", False: "MISSED", None: ""}[row.met]
         print(
@@ -117,4 +117,4 @@ def finish(bench: str, rows: list[Row]) -> int:
     judged = [row for row in rows if row.met is not None]
     print(f"{sum(bool(row.met) for row in judged)} of {len(judged)} bars met", file=sys.stderr)
     print(json.dumps({"bench": bench, "host": host_line(), "rows": [asdict(row) for row in rows]}))
-    return 0 if all(row.met for row in judged) else 4
+    return 0

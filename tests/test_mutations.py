@@ -125,7 +125,7 @@ MUTATIONS = (
         "no gradient to the router",
         "backends/grouped.py",
         "        grad_weight = grad_weight_N[: plan.pairs] if need_weight else None",
-        "        grad_weight = torch.zeros_like(grad_weight_N) if need_weight else None",
+        "        grad_weight = torch.zeros_like(grad_weight_N[: plan.pairs]) if need_weight else None",
         BACKENDS,
     ),
     Mutation(
