@@ -170,8 +170,30 @@ class MoEConfig:
     experts: int = option(help="routed experts in each layer (E)")
     experts_per_token: int = option(help="experts that each token is sent to (K)")
     d_ff: int = option(help="inner width of one expert (F)")
-    router: Literal["softmax", "switch", "sigmoid"] = option(
-        "softmax", help="score function and choice: softmax top-k, Switch top-1, sigmoid with selection bias"
+    router: str = option(
+        "softmax", help="who chooses: a name that `moiety routers` lists, or module:Class for your own"
+    )
+    router_options: tuple[str, ...] = option(
+        (), help="settings of that router that have no option here, as name=value"
+    )
+    temperature: float = option(1.0, help="the router's logits are divided by this")
+    router_gradient: Literal["own", "straight_through", "dense"] = option(
+        "own",
+        help="of the combine weights: the router's own, straight-through, or from all experts (DenseMixer)",
+    )
+    null_experts: int = option(
+        0, help="further choices that cost nothing, after the experts proper (LongCat)"
+    )
+    null_kind: Literal["identity", "zero"] = option(
+        "identity", help="what a null expert answers: its input, or nothing"
+    )
+    capacity_factor: float = option(
+        0.0, help="in training an expert takes at most this many times its fair share; 0 drops nothing"
+    )
+    eval_capacity_factor: float = option(0.0, help="the same outside training")
+    overflow: str = option(
+        "position",
+        help="who gives way: position, priority, random, reroute, dense, or queue for a second pass",
     )
     renormalize: bool = option(
         True, help="divide the chosen weights by their sum (never for router 'switch')"
@@ -195,6 +217,9 @@ class MoEConfig:
     balance_loss: float = option(0.01, help="coefficient of the load-balancing loss, whose floor is 1")
     z_loss: float = option(0.001, help="coefficient of the router z-loss (arXiv 2202.08906)")
     bias_rate: float = option(0.001, help="step of the selection-bias update (arXiv 2408.15664)")
+    bias_rule: Literal["sign", "proportional", "quantile"] = option(
+        "sign", help="how the selection bias moves: by the load's sign or size, or to the score's quantile"
+    )
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -210,7 +235,15 @@ class MoEConfig:
             f"router 'switch' chooses one expert, but experts_per_token is {self.experts_per_token}",
             "use router 'softmax' for more than one",
         )
-        for name in ("balance_loss", "z_loss", "bias_rate", "shared_d_ff"):
+        for name in (
+            "balance_loss",
+            "z_loss",
+            "bias_rate",
+            "shared_d_ff",
+            "null_experts",
+            "capacity_factor",
+            "eval_capacity_factor",
+        ):
             require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must not be negative")
         require(
             not self.shared_gate or self.shared_d_ff > 0,
@@ -221,8 +254,37 @@ class MoEConfig:
             "router 'switch' weighs by the plain probability: it has no selection_bias and no scale",
             "use router 'softmax' with experts_per_token 1",
         )
-        require(self.scale > 0, f"scale is {self.scale}; it must be positive")
+        for name in ("scale", "temperature"):
+            require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be positive")
+        require(
+            self.overflow == "position" or self.capacity_factor > 0 or self.eval_capacity_factor > 0,
+            f"overflow is {self.overflow!r}, but no capacity_factor is set: nothing can overflow",
+            "set capacity_factor, 1.25 for instance",
+        )
+        require(
+            self.bias_rule == "sign" or self.selection_bias,
+            f"bias_rule is {self.bias_rule!r}, but there is no selection_bias",
+        )
+        require(
+            self.null_kind == "identity" or self.null_experts > 0,
+            f"null_kind is {self.null_kind!r}, but there are no null_experts",
+        )
         self._check_groups()
+
+    @property
+    def choices(self) -> int:
+        """What a router chooses among: the experts, and after them the null experts."""
+        return self.experts + self.null_experts
+
+    @property
+    def router_matrices(self) -> int:
+        """Matrices of D x choices that a router has: none for 'hash', a second one for the noise of 'noisy'."""
+        return {"hash": 0, "noisy": 2}.get(self.router, 1)
+
+    @property
+    def group_best(self) -> int:
+        """How many of a group's best experts are summed to judge it."""
+        return 2 if self.group_score == "top2" else 1
 
     def _check_groups(self) -> None:
         require(

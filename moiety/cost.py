@@ -145,7 +145,7 @@ def router_flops(config: ModelConfig) -> int:
     """Forward FLOPs of all routers for one token: 2 x D x E in each MoE layer, and the shared gate's 2 x D."""
     if config.moe is None:
         return 0
-    columns = config.moe.experts + int(config.moe.shared_gate)
+    columns = config.moe.router_matrices * config.moe.choices + int(config.moe.shared_gate)
     return 2 * len(config.moe_layers) * config.d_model * columns
 
 
@@ -303,8 +303,8 @@ def _dense_feed_forward(config: ModelConfig) -> int:
 def _moe_components(moe: MoEConfig, d_model: int, moe_layers: int) -> dict[str, int]:
     matrices = _matrices(moe.gated)
     biases = (matrices - 1) * moe.d_ff + d_model if moe.bias else 0
-    columns = moe.experts + int(moe.shared_gate)
-    vectors = moe.experts * (int(moe.router_bias) + int(moe.selection_bias))
+    columns = moe.router_matrices * moe.choices + int(moe.shared_gate)
+    vectors = moe.choices * (int(moe.router_bias) + int(moe.selection_bias))
     return {
         "routed_experts": moe_layers * moe.experts * (matrices * d_model * moe.d_ff + biases),
         "shared_experts": moe_layers * matrices * d_model * moe.shared_d_ff,

@@ -16,11 +16,12 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["Routing", "top_k"]
+__all__ = ["Noise", "Routing", "top_k"]
 
 
 def top_k(score_TE: Tensor, k: int) -> Tensor:
@@ -51,6 +52,13 @@ def top_k(score_TE: Tensor, k: int) -> Tensor:
     return expert_TK.sort(dim=-1).values
 
 
+class Noise(NamedTuple):
+    """What a noisy router added to its logits: logits = clean + deviation * N(0, 1), each (T, E)."""
+
+    clean_TE: Tensor
+    deviation_TE: Tensor
+
+
 OF_THE_PAIRS = ("expert_N", "ends_E", "slices", "pairs_of_token_N", "first_pair_T", "valid_tokens")
 
 
@@ -66,7 +74,12 @@ class Routing:
         logits_TE: The router's raw outputs (T, E) while training or inspecting, else None.
         score_TE: What the router compared and weighted by (T, E): softmax or sigmoid of the logits.
         valid_T: False for padding, which is never routed; None when every token is real.
+        noise: Noise in the logits, where the router adds some.
+        rank_N: Which choice of its token a pair was, 0 the first, int64 (N,); None where the order means nothing.
+        wanted: The pairs before a capacity policy changed them; None when nothing was changed.
+        kept_N: Which pairs of `wanted` these are, bool; None when some went to other experts instead.
         dropped: Pairs that a capacity policy took away.
+        moved: Pairs that it added: a reroute is one dropped and one moved.
     """
 
     token_N: Tensor
@@ -76,7 +89,12 @@ class Routing:
     logits_TE: Tensor | None = None
     score_TE: Tensor | None = None
     valid_T: Tensor | None = None
+    noise: Noise | None = None
+    rank_N: Tensor | None = None
+    wanted: Routing | None = None
+    kept_N: Tensor | None = None
     dropped: int = 0
+    moved: int = 0
 
     @classmethod
     def from_pairs(
@@ -101,6 +119,7 @@ class Routing:
         *,
         experts: int,
         valid_T: Tensor | None = None,
+        ranked: bool = False,
     ) -> Routing:
         """Token choice: each token names K different experts.
 
@@ -109,6 +128,7 @@ class Routing:
             weight_TK: Their combine weights (T, K); None weighs all the same, 1.
             experts: Number of experts E.
             valid_T: Bool (T,); tokens marked False are padding and get no pairs.
+            ranked: The K stand in order of choice; keep it as `rank_N`.
         """
         tokens, k = expert_TK.shape
         expert_N = expert_TK.reshape(-1)
@@ -122,8 +142,14 @@ class Routing:
             weight_N = torch.ones(len(order_N), dtype=torch.float32, device=expert_TK.device)
         else:
             weight_N = weight_TK.reshape(-1).index_select(0, order_N)
-        token_N = order_N.div(k, rounding_mode="floor")
-        routing = cls(token_N=token_N, weight_N=weight_N, counts_E=counts_E, tokens=tokens, valid_T=valid_T)
+        routing = cls(
+            token_N=order_N.div(k, rounding_mode="floor"),
+            weight_N=weight_N,
+            counts_E=counts_E,
+            tokens=tokens,
+            valid_T=valid_T,
+            rank_N=order_N.remainder(k) if ranked else None,
+        )
         routing.__dict__["expert_N"] = expert_N[: len(order_N)]  # known already
         return routing
 
@@ -142,6 +168,23 @@ class Routing:
         return cls.from_pairs(
             torch.cat(list(token_E)), expert_N, torch.cat(list(weight_E)), tokens=tokens, experts=len(token_E)
         )
+
+    @classmethod
+    def from_mask(cls, mask_TE: Tensor, *, valid_T: Tensor | None = None) -> Routing:
+        """Any number of experts per token: a pair wherever `mask_TE` (bool (T, E)) is True, padding left out."""
+        if valid_T is not None:
+            mask_TE = mask_TE & valid_T[:, None]
+        expert_N, token_N = mask_TE.t().nonzero(as_tuple=True)
+        weight_N = torch.ones(len(token_N), dtype=torch.float32, device=mask_TE.device)
+        routing = cls(
+            token_N=token_N,
+            weight_N=weight_N,
+            counts_E=mask_TE.sum(0),
+            tokens=len(mask_TE),
+            valid_T=valid_T,
+        )
+        routing.__dict__["expert_N"] = expert_N  # known already
+        return routing
 
     @property
     def experts(self) -> int:
@@ -213,12 +256,26 @@ class Routing:
         flat = flat.index_add(0, self.token_N * self.experts + self.expert_N, self.weight_N)
         return flat.view(self.tokens, self.experts)
 
+    @property
+    def mask_TE(self) -> Tensor:
+        """True where a token chose an expert, bool (T, E)."""
+        flat = torch.zeros(self.tokens * self.experts, dtype=torch.bool, device=self.token_N.device)
+        flat[self.token_N * self.experts + self.expert_N] = True
+        return flat.view(self.tokens, self.experts)
+
     def with_weights(
-        self, weight_N: Tensor, *, logits_TE: Tensor | None = None, score_TE: Tensor | None = None
+        self,
+        weight_N: Tensor,
+        *,
+        logits_TE: Tensor | None = None,
+        score_TE: Tensor | None = None,
+        noise: Noise | None = None,
     ) -> Routing:
-        """The same pairs with other combine weights, and the logits and scores these came from."""
+        """The same pairs with other combine weights, and the logits, scores and noise these came from."""
         assert weight_N.shape == self.token_N.shape, (weight_N.shape, self.token_N.shape)
-        same = dataclasses.replace(self, weight_N=weight_N, logits_TE=logits_TE, score_TE=score_TE)
+        same = dataclasses.replace(
+            self, weight_N=weight_N, logits_TE=logits_TE, score_TE=score_TE, noise=noise
+        )
         same.__dict__.update({name: self.__dict__[name] for name in OF_THE_PAIRS if name in self.__dict__})
         return same
 
@@ -228,25 +285,46 @@ class Routing:
         Handing it to a layer repeats this choice and computes new weights for it. Recomputing an
         activation must do so, or a near-tie may fall the other way the second time.
         """
-        return Routing(
-            token_N=self.token_N,
+        return dataclasses.replace(
+            self,
             weight_N=torch.ones_like(self.token_N, dtype=torch.float32),
-            counts_E=self.counts_E,
-            tokens=self.tokens,
-            valid_T=self.valid_T,
-            dropped=self.dropped,
+            logits_TE=None,
+            score_TE=None,
+            noise=None,
+            wanted=None if self.wanted is None else self.wanted.pinned(),
         )
 
     def keep(self, keep_N: Tensor) -> Routing:
-        """Drop the pairs where `keep_N` (bool, (N,)) is False and count them in `dropped`."""
-        counts_E = torch.bincount(self.expert_N[keep_N], minlength=self.experts)
-        kept_N = self.token_N[keep_N]
+        """Drop the pairs where `keep_N` (bool, (N,)) is False: they are counted in `dropped`, kept in `wanted`.
+
+        A weight that was divided by the sum over a token's pairs stays divided by the sum over all of them.
+        """
+        wanted = self if self.kept_N is None else self.wanted
+        kept_N = keep_N
+        if self.kept_N is not None:
+            kept_N = self.kept_N.clone()
+            kept_N[self.kept_N] = keep_N
+        token_N = self.token_N[keep_N]
         return dataclasses.replace(
             self,
-            token_N=kept_N,
+            token_N=token_N,
             weight_N=self.weight_N[keep_N],
-            counts_E=counts_E,
-            dropped=self.dropped + self.pairs - len(kept_N),
+            counts_E=torch.bincount(self.expert_N[keep_N], minlength=self.experts),
+            rank_N=None if self.rank_N is None else self.rank_N[keep_N],
+            wanted=wanted,
+            kept_N=kept_N,
+            dropped=self.dropped + self.pairs - len(token_N),
+        )
+
+    def first(self, experts: int) -> Routing:
+        """The pairs of the first `experts` experts alone: what is multiplied when those behind are null experts."""
+        pairs = int(self.counts_E[:experts].sum())
+        return Routing(
+            token_N=self.token_N[:pairs],
+            weight_N=self.weight_N[:pairs],
+            counts_E=self.counts_E[:experts],
+            tokens=self.tokens,
+            valid_T=self.valid_T,
         )
 
     def renumber(self, number_E: Tensor, experts: int) -> Routing:

@@ -12,14 +12,15 @@ import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from moiety.backends.weights import ExpertWeights
 from moiety.moe.layer import MoE
-from moiety.moe.routers import Router, SigmoidTopK, Switch, TopK
 from moiety.routing import Routing
+from tests.router_oracle import NO_LUCK, Decision, Luck, choose, mask_of, weigh
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
@@ -236,63 +237,6 @@ class Problem:
         assert_all_close_enough(fast, noisy, truth, zero, dtype)
 
 
-# Routers
-
-
-def best(score: Mapping[int, float], k: int) -> list[int]:
-    """The k highest entries, of equals the lower key, in ascending order."""
-    return sorted(sorted(score, key=lambda e: (-score[e], e))[:k])
-
-
-def choose_token(router: Router, score_E: list[float], bias_E: list[float] | None) -> list[int]:
-    """The experts of one token, ascending."""
-    if isinstance(router, Switch):
-        return best(dict(enumerate(score_E)), 1)
-    assert isinstance(router, TopK | SigmoidTopK)
-    judged = [s + b for s, b in zip(score_E, bias_E, strict=True)] if bias_E else score_E
-    size = len(judged) // router.groups
-    group = {
-        g: sum(sorted(judged[g * size : (g + 1) * size])[-router.group_best :]) for g in range(router.groups)
-    }
-    kept = best(group, router.groups_kept) if router.groups_kept < router.groups else list(group)
-    return best({e: s for e, s in enumerate(judged) if e // size in kept}, router.k)
-
-
-def score_of(router: Router, logits: Tensor) -> Tensor:
-    """Sigmoid or softmax, from their formulas."""
-    if isinstance(router, SigmoidTopK):
-        return 1 / (1 + (-logits).exp())
-    exp = (logits - logits.amax(-1, keepdim=True).detach()).exp()
-    return exp / exp.sum(-1, keepdim=True)
-
-
-def weigh_dense(router: Router, score_TE: Tensor, chosen_TE: Tensor) -> Tensor:
-    """Combine weights as a dense matrix, zero where not chosen."""
-    weight_TE = score_TE * chosen_TE
-    if isinstance(router, TopK | SigmoidTopK):
-        if router.renormalize:
-            total = weight_TE.sum(1, keepdim=True)
-            weight_TE = weight_TE / torch.where(total > 0, total, 1)
-        weight_TE = weight_TE * router.scale
-    return weight_TE
-
-
-def route(
-    router: Router, logits_TE: Tensor, bias_E: Tensor | None = None, valid_T: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Chosen experts, bool (T, E), and their weights (T, E), differentiable: token after token."""
-    chosen_TE = torch.zeros(logits_TE.shape, dtype=torch.bool)
-    rows = []
-    for t, logit_E in enumerate(logits_TE.unbind(0)):
-        score_E = score_of(router, logit_E)
-        if valid_T is None or bool(valid_T[t]):
-            chosen_TE[
-                t, choose_token(router, score_E.tolist(), None if bias_E is None else bias_E.tolist())
-            ] = True
-        rows.append(weigh_dense(router, score_E[None], chosen_TE[t, None].clone())[0])
-    return chosen_TE, torch.stack(rows) if rows else logits_TE * 1
-
-
 # The layer
 
 
@@ -304,38 +248,73 @@ def _feed_forward(x: Tensor, value: Mapping[str, Tensor], like: ExpertWeights) -
 
 
 def solve_layer(
-    layer: MoE, x_TD: Tensor, grad_TD: Tensor, valid_T: Tensor | None = None
+    layer: MoE, x_TD: Tensor, grad_TD: Tensor, valid_T: Tensor | None = None, **more: Any
 ) -> dict[str, Tensor | None]:
     """What the layer itself gives: output, gradient of x, of the combine weights (T, E) and of every parameter."""
     layer.zero_grad(set_to_none=True)
     x_TD = x_TD.detach().clone().requires_grad_()
-    y_TD, routing = layer(x_TD, valid=valid_T)
-    routing.weight_N.retain_grad()
+    y_TD, routing = layer(x_TD, valid=valid_T, **more)
+    if routing.weight_N.requires_grad:
+        routing.weight_N.retain_grad()
     y_TD.backward(grad_TD.to(y_TD.dtype))
     combine = torch.zeros(routing.tokens, routing.experts, dtype=routing.weight_N.dtype)
-    combine[routing.token_N, routing.expert_N] = routing.weight_N.grad
+    if routing.weight_N.grad is not None:
+        combine[routing.token_N, routing.expert_N] = routing.weight_N.grad
     got = {"output": y_TD.detach(), "x": x_TD.grad, "combine": combine}
     return got | {name: parameter.grad for name, parameter in layer.named_parameters()}
 
 
+def define_logits(
+    layer: MoE, x_TD: Tensor, leaf: Mapping[str, Tensor], luck: Luck, wide: torch.dtype
+) -> Tensor:
+    """x W^T + b, with what a layer in training adds to it."""
+    x_TD = x_TD.to(wide)
+    if "gate.weight" not in leaf:
+        return torch.zeros(len(x_TD), layer.choices, dtype=wide)
+    if layer.training and luck.factor_TD is not None:
+        x_TD = x_TD * luck.factor_TD.to(wide)
+    logits_TE = x_TD @ leaf["gate.weight"].to(wide).T
+    if "gate.bias" in leaf:
+        logits_TE = logits_TE + leaf["gate.bias"].to(wide)
+    if layer.training and luck.normal_TE is not None:
+        deviation_TE = (1 + (x_TD @ leaf["gate_noise.weight"].to(wide).T).exp()).log()
+        logits_TE = logits_TE + luck.normal_TE.to(wide) * deviation_TE
+    return logits_TE
+
+
 def define_layer(
-    layer: MoE, x_TD: Tensor, grad_TD: Tensor, valid_T: Tensor | None = None, dtype: torch.dtype | None = None
+    layer: MoE,
+    x_TD: Tensor,
+    grad_TD: Tensor,
+    valid_T: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    *,
+    luck: Luck = NO_LUCK,
+    decision: Decision | None = None,
 ) -> dict[str, Tensor | None]:
-    """The same by the definition in float64, or, with a `dtype`, by plain torch in it."""
+    """The same by the definition in float64, or, with a `dtype`, by plain torch in it.
+
+    Args:
+        layer: Read, never called.
+        x_TD: Tokens.
+        grad_TD: Gradient of the output.
+        valid_T: False for padding.
+        dtype: None is the definition.
+        luck: What the layer draws.
+        decision: The choice, where it is not to be defined.
+    """
     slow, kind = dtype is None, dtype or torch.float64
     wide = torch.promote_types(kind, torch.float32)
     leaf = {n: p.detach().to(kind, copy=True).requires_grad_() for n, p in layer.named_parameters()}
     x_TD = x_TD.detach().to(kind, copy=True).requires_grad_()
-    logits_TE = x_TD.to(wide) @ leaf["gate.weight"].to(wide).T
-    if "gate.bias" in leaf:
-        logits_TE = logits_TE + leaf["gate.bias"].to(wide)
+    logits_TE = define_logits(layer, x_TD, leaf, luck, wide)
     bias_E = None if layer.selection_bias is None else layer.selection_bias.double()
-    chosen_TE, weight_TE = route(
-        layer.router, logits_TE if slow else logits_TE.detach().double(), bias_E, valid_T
-    )
-    if not slow:
-        weight_TE = weigh_dense(layer.router, score_of(layer.router, logits_TE), chosen_TE)
-    weight_TE.retain_grad()
+    if decision is None:
+        decision = choose(layer.router, logits_TE, bias_E, valid_T, luck, layer.training)
+    chosen_TE = mask_of(decision.chosen, layer.choices)
+    weight_TE = weigh(layer.router, logits_TE, decision, luck, layer.training)
+    if weight_TE.requires_grad:
+        weight_TE.retain_grad()
     name = layer.experts.up_name
     weights = replace(
         layer.experts.weights(kind),
@@ -344,7 +323,11 @@ def define_layer(
         up_bias=leaf.get(f"experts.{name}_bias"),
         down_bias=leaf.get("experts.down_bias"),
     )
-    y_TD = (definition if slow else plain)(x_TD, chosen_TE, weight_TE, weights)
+    real = len(weights.down)
+    y_TD = (definition if slow else plain)(x_TD, chosen_TE[:, :real], weight_TE[:, :real], weights)
+    for e in range(real, layer.choices):  # null experts
+        if layer.null_kind == "identity":
+            y_TD = y_TD + (weight_TE[:, e, None] * chosen_TE[:, e, None]).to(kind) * x_TD
     if layer.shared is not None:
         y_TD = y_TD + _feed_forward(x_TD, leaf, weights)
     if y_TD.requires_grad:  # else no pair reached any input

@@ -70,7 +70,6 @@ REFUSED: list[tuple[type[Any], dict[str, Any], str]] = [
     (MoEConfig, {"experts_per_token": 0}, "experts_per_token is 0"),
     (MoEConfig, {"d_ff": 0}, "d_ff is 0"),
     (MoEConfig, {"router": "switch"}, "chooses one expert"),
-    (MoEConfig, {"router": "top-k"}, "router is 'top-k'"),
     (MoEConfig, {"scale": 0.0}, "scale is 0.0"),
     (MoEConfig, {"balance_loss": -0.1}, "balance_loss is -0.1"),
     (MoEConfig, {"z_loss": -1}, "z_loss is -1"),

@@ -28,6 +28,7 @@ ROPE, TRANSFORMER, STATE = (
     "tests/train/test_state.py",
 )
 ROUTING, LOSS = "tests/test_routing.py", "tests/model/test_loss.py"
+ZOO, WRAPPERS = "tests/moe/test_router_zoo.py", "tests/moe/test_wrappers.py"
 
 
 class Mutation(NamedTuple):
@@ -85,11 +86,11 @@ MUTATIONS = (
     ),
     Mutation(
         "double softmax",
-        "moe/routers.py",
+        "moe/routers/token_choice.py",
         "        weight_N = pairs.at_pairs(score_TE)\n        if self.renormalize:\n"
-        "            weight_N = weight_N / pairs.sum_by_token(weight_N).clamp",
+        "            weight_N = divided(weight_N, pairs)",
         "        weight_N = pairs.at_pairs(score_TE.softmax(-1))\n        if self.renormalize:\n"
-        "            weight_N = weight_N / pairs.sum_by_token(weight_N).clamp",
+        "            weight_N = divided(weight_N, pairs)",
         ROUTERS,
     ),
     Mutation(
@@ -102,8 +103,8 @@ MUTATIONS = (
     Mutation(
         "stale counts after dropping",
         "routing.py",
-        "            counts_E=counts_E,\n            dropped=",
-        "            counts_E=self.counts_E,\n            dropped=",
+        "            counts_E=torch.bincount(self.expert_N[keep_N], minlength=self.experts),",
+        "            counts_E=self.counts_E,",
         ROUTING,
     ),
     Mutation(
@@ -116,9 +117,9 @@ MUTATIONS = (
     Mutation(
         "selection bias in the weights",
         "moe/layer.py",
-        "            weight_N = self.router.weigh(score_TE, pairs)",
+        "            weight_N = self._weigh(score_TE, pairs, context)",
         "            extra = 0 if self.selection_bias is None else self.selection_bias\n"
-        "            weight_N = self.router.weigh(score_TE + extra, pairs)",
+        "            weight_N = self._weigh(score_TE + extra, pairs, context)",
         LAYER,
     ),
     Mutation(
@@ -131,15 +132,15 @@ MUTATIONS = (
     Mutation(
         "padding is routed",
         "moe/layer.py",
-        "context = RouterContext(valid_T=valid_T,",
-        "context = RouterContext(valid_T=None,",
+        "                valid_T=valid_T,\n                bias_E=",
+        "                valid_T=None,\n                bias_E=",
         METAMORPHIC,
     ),
     Mutation(
         "recomputation re-routes",
         "model/transformer.py",
-        "pins = {**context.pinned, **first}",
-        "pins = dict(context.pinned)",
+        "again = replace(context, pinned={**context.pinned, **first})",
+        "again = context",
         TRANSFORMER,
     ),
     Mutation(
@@ -169,6 +170,83 @@ MUTATIONS = (
         "    _restore_moments(folder, optimizer)\n    _restore_random",
         "    _restore_random",
         STATE,
+    ),
+    Mutation(
+        "sparsemixer shrinks its gradient too",
+        "moe/routers/token_choice.py",
+        "weight_here_N.detach().masked_fill(whole_N, 0.0)",
+        "weight_here_N.masked_fill(whole_N, 0.0)",
+        ZOO,
+    ),
+    Mutation(
+        "expert choice takes padding",
+        "moe/routers/assigned.py",
+        '            score_TE = score_TE.masked_fill(~context.valid_T[:, None], float("-inf"))\n',
+        "",
+        ZOO,
+    ),
+    Mutation(
+        "a dropped second gives its share away",
+        "moe/layer.py",
+        "        return self.router.weigh(score_TE, pairs.wanted, context)[pairs.kept_N]",
+        "        return self.router.weigh(score_TE, pairs, context)",
+        ZOO,
+    ),
+    Mutation(
+        "top-p stops one expert short",
+        "moe/routers/token_choice.py",
+        "best_TE.cumsum(dim=-1) - best_TE < self.p",
+        "best_TE.cumsum(dim=-1) < self.p",
+        ZOO,
+    ),
+    Mutation(
+        "base is uneven",
+        "moe/routers/assigned.py",
+        "    room_E[: tokens % experts] += 1",
+        "    room_E += tokens % experts",
+        ZOO,
+    ),
+    Mutation(
+        "null experts answer nothing",
+        "moe/layer.py",
+        'if real is not routing and self.null_kind == "identity":',
+        'if real is not routing and self.null_kind == "":',
+        ZOO,
+    ),
+    Mutation(
+        "noise that grows with its exponent",
+        "moe/layer.py",
+        "F.softplus(_RouterLogits.apply(x_TD, self.gate_noise.weight, None))",
+        "_RouterLogits.apply(x_TD, self.gate_noise.weight, None).exp()",
+        ZOO,
+    ),
+    Mutation(
+        "no gradient from experts not chosen",
+        "moe/dense_gradient.py",
+        "        return grad_TD, grad_N, None, None, None",
+        "        return grad_TD, torch.zeros_like(grad_N), None, None, None",
+        WRAPPERS,
+    ),
+    Mutation(
+        "exploring outside of training",
+        "moe/routers/wrappers.py",
+        "self.probability.at(context.step) if context.training else 0.0",
+        "self.probability.at(context.step)",
+        WRAPPERS,
+    ),
+    Mutation(
+        "dropout blind to the load",
+        "moe/routers/wrappers.py",
+        "draw_E < (self.rate * load_E).clamp(max=0.9)",
+        "draw_E < self.rate",
+        WRAPPERS,
+    ),
+    Mutation(
+        "a straight-through that lets nothing through",
+        "moe/routers/wrappers.py",
+        "        return soft_N + (hard_N - soft_N).detach()",
+        "        return hard_N",
+        WRAPPERS,
     ),
 )
 

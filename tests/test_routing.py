@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moiety.routing import Routing, top_k
-from tests.oracle import best, choose_at_random, routing_of
+from tests.oracle import choose_at_random, routing_of
+from tests.router_oracle import best
 
 
 def pairs_of(routing: Routing) -> list[tuple[int, int, float]]:

@@ -17,9 +17,13 @@ __all__ = ["COMMANDS", "main"]
 COMMANDS = {
     "demo": "train a small MoE and its dense twin on real text, compare them, open the report",
     "train": "train a model on your text, or resume a run",
-    "compare": "train an MoE and its dense twin with several seeds and tabulate",
+    "compare": "train an MoE against its dense twin, or router against router, over several seeds",
+    "evaluate": "score text with a trained model, also with other numbers of experts per token",
     "generate": "continue a prompt with a trained model",
     "chat": "talk to a trained model, line by line",
+    "trace": "show which experts each token of a prompt went to, and why",
+    "gradients": "check that every router and expert of a model gets a gradient",
+    "routers": "list the routers there are, or explain one",
     "params": "count parameters, FLOPs and bytes of a known model or a checkpoint",
     "doctor": "say what this machine offers, which parts are used, and what is missing",
 }

@@ -8,6 +8,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from moiety.cli.output import command, talk
+from moiety.cli.own import import_own_routers
 from moiety.infer.options import SamplingOptions
 
 __all__ = ["app"]
@@ -23,6 +24,8 @@ def chat(
     max_tokens: Annotated[int, Parameter(help="most tokens in an answer")] = 80,
     sampling: Annotated[SamplingOptions, Parameter(name="*")] = SamplingOptions(),
     backend: Annotated[str, Parameter(help="who multiplies the experts")] = "auto",
+    experts_per_token: Annotated[int, Parameter(help="use this many; 0 is the model's own number")] = 0,
+    router: Annotated[str, Parameter(help="import this module:Class, which the model's config names")] = "",
 ) -> int:
     """Each line you type is continued; an answer ends with its line.
 
@@ -34,7 +37,8 @@ def chat(
     from moiety.infer.generate import generate
     from moiety.infer.open import open_model
 
-    opened = open_model(path, backend=backend)
+    import_own_routers(router)
+    opened = open_model(path, backend=backend, experts_per_token=experts_per_token)
     console, tokenizer = talk(), opened.tokenizer
     console.print("an empty line ends; the model continues text, it was not taught to answer")
     transcript = ""

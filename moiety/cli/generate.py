@@ -10,6 +10,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from moiety.cli.output import command, print_json, talk
+from moiety.cli.own import import_own_routers
 from moiety.infer.options import SamplingOptions
 
 __all__ = ["app"]
@@ -26,6 +27,8 @@ def generate(
     max_tokens: Annotated[int, Parameter(help="most tokens to generate")] = 128,
     sampling: Annotated[SamplingOptions, Parameter(name="*")] = SamplingOptions(),
     backend: Annotated[str, Parameter(help="who multiplies the experts")] = "auto",
+    experts_per_token: Annotated[int, Parameter(help="use this many; 0 is the model's own number")] = 0,
+    router: Annotated[str, Parameter(help="import this module:Class, which the model's config names")] = "",
     json: Annotated[bool, Parameter(negative="", help="print JSON")] = False,
 ) -> int:
     """Print the prompt's continuation as it is drawn.
@@ -40,7 +43,8 @@ def generate(
     from moiety.infer.generate import generate as tokens_of
     from moiety.infer.open import open_model
 
-    opened = open_model(path, backend=backend)
+    import_own_routers(router)
+    opened = open_model(path, backend=backend, experts_per_token=experts_per_token)
     ids = opened.tokenizer.encode(prompt) or [opened.tokenizer.end_id]
     begun = time.perf_counter()
     stream = tokens_of(

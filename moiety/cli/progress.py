@@ -77,6 +77,9 @@ class TrainingDisplay:
         )
         if record.skipped:
             self.console.print(Text(f"{contender.name}: step {step} was not finite and changed nothing"))
+        for alarm in record.alarms:
+            self.console.print(Text(f"{contender.name}: {alarm.message}", style="bold red"))
+            self.console.print(Text(f"  try: {alarm.advice}"))
         if record.evaluation is not None:
             bits = record.evaluation.mean_bits_per_byte
             self.console.print(Text(f"{contender.name}: step {step}, {bits:.3f} bits/byte on held-out text"))

@@ -9,6 +9,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from moiety.cli.output import command, interruptible, print_json, talk
+from moiety.cli.own import import_own_routers
 from moiety.train.model_options import ModelOptions
 from moiety.train.options import TrainOptions
 
@@ -41,6 +42,7 @@ def train(
     from moiety.train.track import check_trackers
 
     check_trackers(track)
+    import_own_routers(model.router)
     console = talk()
     if resume:
         opened = run.resume(out)

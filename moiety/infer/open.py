@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from moiety.errors import UsageError
+from moiety.errors import ConfigError, UsageError
 from moiety.model.checkpoint import load
 from moiety.model.tokenizer import Tokenizer
 from moiety.model.transformer import Transformer
+from moiety.moe.layer import MoE
+from moiety.moe.routers import with_k
 
-__all__ = ["Opened", "find_checkpoint", "open_model"]
+__all__ = ["Opened", "find_checkpoint", "open_model", "set_experts_per_token"]
 
 
 class Opened(NamedTuple):
@@ -40,13 +42,36 @@ def find_checkpoint(path: str | Path) -> Path:
     return whole[-1]
 
 
-def open_model(path: str | Path, *, backend: str = "auto") -> Opened:
-    """Load a model and the tokenizer beside it, ready to generate.
+def set_experts_per_token(model: Transformer, k: int) -> None:
+    """Let every router of a trained model choose `k` experts per token instead of its own number.
 
     Raises:
+        ConfigError: a dense model, a router without a k, or one that cannot choose so many.
+    """
+    layers = [module for module in model.modules() if isinstance(module, MoE)]
+    if not layers:
+        raise ConfigError("this model is dense: it has no experts per token to change")
+    for layer in layers:
+        router = with_k(layer.router, k)
+        router.check(layer.choices)
+        layer.router = router
+
+
+def open_model(path: str | Path, *, backend: str = "auto", experts_per_token: int = 0) -> Opened:
+    """Load a model and the tokenizer beside it, ready to generate.
+
+    Args:
+        path: A checkpoint or run folder.
+        backend: Who multiplies the experts.
+        experts_per_token: Use this many instead of the model's own; 0 keeps its own.
+
+    Raises:
+        ConfigError: that many experts per token are not possible.
         UsageError: nothing to load there.
         FormatError: a file is missing, damaged or of an unknown layout.
     """
     folder = find_checkpoint(path)
     model = load(folder, backend=backend)
+    if experts_per_token:
+        set_experts_per_token(model, experts_per_token)
     return Opened(model.eval(), Tokenizer.load(folder), folder)

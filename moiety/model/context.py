@@ -84,9 +84,21 @@ class ForwardContext:
         cache: Earlier keys and values, or None.
         valid_BS: False for padding, which must stand at the end of a sequence; None when all tokens are real.
         pinned: For some layers the routing to repeat.
+        tokens_BS: The token ids, which some routers look at.
+        cost: For some layers what using each expert costs, (E,).
+        step: Of the training run, for schedules of the routers; None outside of one.
+        seed: Of everything random in the routers; each layer adds its own number.
     """
 
     rotary: tuple[Tensor, Tensor]
     cache: KVCache | None
     valid_BS: Tensor | None
     pinned: Mapping[int, Routing]
+    tokens_BS: Tensor
+    cost: Mapping[int, Tensor]
+    step: int | None
+    seed: int | None
+
+    def seed_of(self, layer: int) -> int | None:
+        """The seed of one layer."""
+        return None if self.seed is None else self.seed + 7919 * layer

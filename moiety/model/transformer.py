@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moiety.backends.matmul import linear
-from moiety.config import ModelConfig
+from moiety.config import ModelConfig, MoEConfig
 from moiety.errors import ConfigError, UsageError
 from moiety.model.attention import Attention
 from moiety.model.context import ForwardContext, KVCache
 from moiety.model.norm import RMSNorm
 from moiety.model.rope import rotary_table
 from moiety.moe import routers
+from moiety.moe.capacity import Capacity
 from moiety.moe.experts import FeedForward
 from moiety.moe.layer import MoE
 from moiety.routing import Routing
@@ -68,6 +69,9 @@ class Block(nn.Module):
                 router_bias=config.moe.router_bias,
                 shared_d_ff=config.moe.shared_d_ff,
                 shared_gate=config.moe.shared_gate,
+                null_experts=config.moe.null_experts,
+                null_kind=config.moe.null_kind,
+                capacity=_capacity(config.moe),
                 backend=backend,
             )
         else:
@@ -81,7 +85,15 @@ class Block(nn.Module):
         normed = self.feed_forward_norm(x_BSD)
         if isinstance(self.feed_forward, FeedForward):
             return x_BSD + self.feed_forward(normed), None
-        y = self.feed_forward(normed, valid=context.valid_BS, pinned=context.pinned.get(self.layer))
+        y = self.feed_forward(
+            normed,
+            valid=context.valid_BS,
+            pinned=context.pinned.get(self.layer),
+            token_ids=context.tokens_BS,
+            cost_E=context.cost.get(self.layer),
+            step=context.step,
+            seed=context.seed_of(self.layer),
+        )
         return x_BSD + y.output, y.routing
 
 
@@ -121,7 +133,7 @@ class Transformer(nn.Module):
     def reset_parameters(self, deviation: float = 0.02) -> None:
         """Normal with `deviation`; projections back into the residual stream smaller by sqrt(2 L) (GPT-2)."""
         for name, parameter in self.named_parameters():
-            if name.endswith("bias"):
+            if name.endswith(("bias", "gate_noise.weight")):
                 parameter.zero_()
             elif name.endswith("norm.weight"):
                 parameter.fill_(1.0)
@@ -137,6 +149,9 @@ class Transformer(nn.Module):
         cache: KVCache | None = None,
         valid_BS: Tensor | None = None,
         pinned: Mapping[int, Routing] | None = None,
+        cost: Mapping[int, Tensor] | None = None,
+        step: int | None = None,
+        seed: int | None = None,
     ) -> ModelOutput:
         """Run the decoder.
 
@@ -145,6 +160,9 @@ class Transformer(nn.Module):
             cache: Keys and values of earlier positions; these tokens are added to it.
             valid_BS: Bool (B, S), False for padding, which must stand at the end; padding is never routed.
             pinned: Routings to repeat, by layer.
+            cost: What using each expert costs, (E,), by layer; for routers that are `CostAware`.
+            step: Of the training run, from 0, for schedules of the routers; None is after their end.
+            seed: Of everything random in the routers; None draws one from torch's generator in training.
 
         Returns:
             `.logits` (B, S, V), `.hidden` (B, S, D) and `.routing` by layer.
@@ -156,11 +174,17 @@ class Transformer(nn.Module):
         start, positions = 0 if cache is None else cache.length, tokens_BS.shape[1]
         attention = self.config.attention
         positions_S = torch.arange(start, start + positions, device=tokens_BS.device)
+        if seed is None and self.training:
+            seed = int(torch.randint(2**31, ()))
         context = ForwardContext(
             rotary=rotary_table(positions_S, attention.rotary_dim, attention.rope_theta),
             cache=cache,
             valid_BS=valid_BS,
             pinned=pinned or {},
+            tokens_BS=tokens_BS,
+            cost=cost or {},
+            step=step,
+            seed=seed,
         )
         x_BSD = self.embed(tokens_BS)
         routing: dict[int, Routing] = {}
@@ -217,10 +241,7 @@ class Transformer(nn.Module):
         first: dict[int, Routing] = {}
 
         def run(x_BSD: Tensor) -> tuple[Tensor, Routing | None]:
-            pins = {**context.pinned, **first}
-            again = ForwardContext(
-                rotary=context.rotary, cache=context.cache, valid_BS=context.valid_BS, pinned=pins
-            )
+            again = replace(context, pinned={**context.pinned, **first})
             x_BSD, decided = block(x_BSD, again)
             if decided is not None and isinstance(block, Block):
                 first[block.layer] = decided.pinned()
@@ -234,6 +255,12 @@ class Transformer(nn.Module):
         from moiety.model import checkpoint as files
 
         files.save(self, path)
+
+
+def _capacity(moe: MoEConfig) -> Capacity | None:
+    if moe.capacity_factor == 0 and moe.eval_capacity_factor == 0:
+        return None
+    return Capacity(factor=moe.capacity_factor, eval_factor=moe.eval_capacity_factor, policy=moe.overflow)
 
 
 def _refuse_unknown_structure(config: ModelConfig) -> None:

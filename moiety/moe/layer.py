@@ -10,10 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from moiety.errors import ConfigError
+from moiety.errors import ConfigError, UsageError
+from moiety.moe.capacity import Capacity, passes
+from moiety.moe.dense_gradient import dense_gradient
 from moiety.moe.experts import Experts, FeedForward
 from moiety.moe.routers import Router, RouterContext
-from moiety.routing import Routing
+from moiety.routing import Noise, Routing
 
 __all__ = ["MoE", "MoEOutput"]
 
@@ -46,26 +48,67 @@ class _RouterLogits(torch.autograd.Function):
         return grad_x, grad_weight, grad_TE.sum(0) if need_bias else None
 
 
+def _check_sizes(
+    sizes: dict[str, int], shared_d_ff: int, shared_gate: bool, null_experts: int, null_kind: str
+) -> None:
+    for name, size in sizes.items():
+        if size < 1:
+            raise ConfigError(f"{name} is {size}; it must be at least 1")
+    for name, size in (("shared_d_ff", shared_d_ff), ("null_experts", null_experts)):
+        if size < 0:
+            raise ConfigError(f"{name} is {size}; it must be at least 0")
+    if shared_gate and shared_d_ff < 1:
+        raise ConfigError("shared_gate is set, but shared_d_ff is 0: there is no shared expert to gate")
+    if null_kind not in ("identity", "zero"):
+        raise ConfigError(f"null_kind is {null_kind!r}; allowed are 'identity' and 'zero'")
+
+
+def _check_company(router: Router, capacity: Capacity | None, weigh_input: bool, null_experts: int) -> None:
+    """Refuse what each is fine alone and would be ignored or wrong together."""
+    if null_experts and (capacity is not None or weigh_input):
+        raise ConfigError(
+            "null experts take any number of tokens; they go with no capacity and no weigh_input"
+        )
+    if weigh_input and router.needs.dense_gradient:
+        raise ConfigError(
+            "a dense gradient is that of weighed outputs; it does not go with weigh_input",
+            hint="use the router's own gradient",
+        )
+    by_rank = router.needs.ranked and not router.needs.compares
+    if by_rank and capacity is not None and capacity.policy in ("reroute", "dense"):
+        raise ConfigError(
+            f"{type(router).__name__} weighs by the order of its choices, which overflow policy "
+            f"{capacity.policy!r} does not keep",
+            hint="use policy position, priority, random or queue",
+        )
+
+
 class MoE(nn.Module):
     """A Mixture-of-Experts feed-forward.
 
     The router runs in float32 whatever the model's dtype (arXiv 2101.03961, section 2.4). Under autocast, x
     and the experts are cast to autocast's dtype once.
 
-    Parameters: `gate.weight` (E, D); `experts.gate_up` (E, 2F, D), gate rows first, and `experts.down`
-    (E, D, F), also reachable as `gate_up` and `down`; with a shared expert `shared` and `shared_gate`.
+    Parameters: `gate.weight` (E, D), unless the router wants none; `experts.gate_up` (E, 2F, D), gate rows
+    first, and `experts.down` (E, D, F), also reachable as `gate_up` and `down`; with a shared expert `shared`
+    and `shared_gate`.
 
     Args:
         d_model: Width D.
         d_ff: Inner width F of one expert.
         experts: E.
-        router: `TopK(k)`, `Switch()`, `SigmoidTopK(k)` or anything with the same three methods.
+        router: `TopK(k)`, `Switch()`, `SigmoidTopK(k)` or anything else that answers the three questions of
+            `moiety.moe.routers`.
         activation: silu, gelu, gelu_tanh or relu.
         gated: SwiGLU-like when True, a single up projection when False.
         bias: Add biases to the experts.
         router_bias: Add a trained bias to the router's logits.
         shared_d_ff: Inner width of an expert that every token uses (arXiv 2401.06066); 0 for none.
         shared_gate: Multiply the shared expert by sigmoid(x w) (Qwen2-MoE).
+        null_experts: Further choices, numbered after the experts, that multiply nothing (arXiv 2509.01322).
+        null_kind: "identity" (a null expert answers x) or "zero".
+        capacity: What happens when an expert is wanted too much; None drops nothing.
+        weigh_input: Put the combine weight on the expert's input instead of its output (Llama 4).
         backend: Who multiplies; see `moiety.backends`.
 
     Raises:
@@ -73,6 +116,7 @@ class MoE(nn.Module):
     """
 
     selection_bias: Tensor | None
+    gate: nn.Linear | None
 
     def __init__(
         self,
@@ -87,38 +131,35 @@ class MoE(nn.Module):
         router_bias: bool = False,
         shared_d_ff: int = 0,
         shared_gate: bool = False,
+        null_experts: int = 0,
+        null_kind: str = "identity",
+        capacity: Capacity | None = None,
+        weigh_input: bool = False,
         backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        for name, size, least in (
-            ("d_model", d_model, 1), ("d_ff", d_ff, 1), ("experts", experts, 1), ("shared_d_ff", shared_d_ff, 0)
-        ):  # fmt: skip
-            if size < least:
-                raise ConfigError(f"{name} is {size}; it must be at least {least}")
-        if shared_gate and shared_d_ff < 1:
-            raise ConfigError("shared_gate is set, but shared_d_ff is 0: there is no shared expert to gate")
-        router.check(experts)
-        self.router = router
-        self.gate = nn.Linear(d_model, experts, bias=router_bias, device=device, dtype=dtype)
-        self.experts = Experts(
-            d_model,
-            d_ff,
-            experts,
-            activation=activation,
-            gated=gated,
-            bias=bias,
-            backend=backend,
-            device=device,
-            dtype=dtype,
-        )
-        shape = {"activation": activation, "gated": gated, "device": device, "dtype": dtype}
-        self.shared = FeedForward(d_model, shared_d_ff, **shape) if shared_d_ff else None  # type: ignore[arg-type]
-        self.shared_gate = (
-            nn.Linear(d_model, 1, bias=False, device=device, dtype=dtype) if shared_gate else None
-        )
-        bias_E = torch.zeros(experts, dtype=torch.float32, device=device) if router.uses_bias else None
+        sizes = {"d_model": d_model, "d_ff": d_ff, "experts": experts}
+        _check_sizes(sizes, shared_d_ff, shared_gate, null_experts, null_kind)
+        _check_company(router, capacity, weigh_input, null_experts)
+        self.router, self.capacity, self.weigh_input = router, capacity, weigh_input
+        self.null_kind, self.choices = null_kind, experts + null_experts
+        router.check(self.choices)
+        if router_bias and not router.needs.gate:
+            raise ConfigError("router_bias is set, but this router computes no logits")
+        like: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.gate = nn.Linear(d_model, self.choices, bias=router_bias, **like) if router.needs.gate else None
+        self.gate_noise = nn.Linear(d_model, self.choices, bias=False, **like) if router.needs.noise else None
+        if self.gate_noise is not None:
+            nn.init.zeros_(self.gate_noise.weight)
+        shape: dict[str, Any] = {"activation": activation, "gated": gated, **like}
+        self.experts = Experts(d_model, d_ff, experts, bias=bias, backend=backend, **shape)
+        self.shared = FeedForward(d_model, shared_d_ff, **shape) if shared_d_ff else None
+        self.shared_gate = nn.Linear(d_model, 1, bias=False, **like) if shared_gate else None
+        bias_E = None
+        if router.needs.bias:
+            bias_E = torch.zeros(self.choices, dtype=torch.float32, device=device)
         self.register_buffer("selection_bias", bias_E)
 
     @property
@@ -140,42 +181,119 @@ class MoE(nn.Module):
             self.selection_bias = source_E.to(self.selection_bias.device, torch.float32)
         return self
 
-    def route(self, x_TD: Tensor, *, valid_T: Tensor | None = None, pinned: Routing | None = None) -> Routing:
+    def route(
+        self,
+        x_TD: Tensor,
+        *,
+        valid_T: Tensor | None = None,
+        pinned: Routing | None = None,
+        token_id_T: Tensor | None = None,
+        cost_E: Tensor | None = None,
+        step: int | None = None,
+        seed: int | None = None,
+    ) -> Routing:
         """Decide, without multiplying.
 
         Args:
             x_TD: Tokens, (T, D).
             valid_T: Bool (T,), False for padding.
             pinned: Make exactly these pairs and only weigh them anew; its own padding holds, not `valid_T`.
+            token_id_T: Token ids, int64 (T,); only a router like `Hash` looks at them.
+            cost_E: What using each expert costs, for `CostAware`.
+            step: Of the training run, for schedules; None is after their end.
+            seed: Of everything random; None draws one from torch's generator when the router needs it.
 
         Raises:
             ConfigError: `pinned` is of other tokens or experts.
+            UsageError: the router needs token ids and got none.
         """
-        experts = self.gate.out_features
-        if pinned is not None and (pinned.tokens, pinned.experts) != (len(x_TD), experts):
+        self._check_pinned(pinned, len(x_TD))
+        needs = self.router.needs
+        if needs.token_ids and token_id_T is None:
+            raise UsageError("this router chooses by token id", hint="pass token_ids, one for each token")
+        random = self.training and (needs.random or self.capacity is not None)
+        if seed is None:
+            seed = int(torch.randint(2**31, ())) if random else 0
+        with torch.autocast(x_TD.device.type, enabled=False):
+            logits_TE, noise = self._logits(x_TD, seed)
+            context = RouterContext(
+                logits_TE=logits_TE,
+                valid_T=valid_T,
+                bias_E=self.selection_bias,
+                cost_E=cost_E,
+                token_id_T=token_id_T,
+                training=self.training,
+                step=step,
+                seed=seed,
+            )
+            score_TE = self.router.score(logits_TE, context)
+            pairs = pinned
+            if pairs is None:
+                pairs = self.router.choose(score_TE.detach(), context)
+                if self.capacity is not None:
+                    generator = context.generator(6)
+                    pairs = self.capacity.fit(
+                        pairs, score_TE.detach(), training=self.training, generator=generator
+                    )
+            weight_N = self._weigh(score_TE, pairs, context)
+        if self.gate is None:
+            return pairs.with_weights(weight_N)
+        return pairs.with_weights(weight_N, logits_TE=logits_TE, score_TE=score_TE, noise=noise)
+
+    def _check_pinned(self, pinned: Routing | None, tokens: int) -> None:
+        if pinned is not None and (pinned.tokens, pinned.experts) != (tokens, self.choices):
             raise ConfigError(
                 f"the pinned routing is of {pinned.tokens} tokens and {pinned.experts} experts, "
-                f"this layer has {len(x_TD)} and {experts}",
+                f"this layer has {tokens} and {self.choices}",
                 hint="pin a routing that this layer made, for the same tokens",
             )
-        with torch.autocast(x_TD.device.type, enabled=False):
-            logits_TE: Tensor = _RouterLogits.apply(x_TD, self.gate.weight, self.gate.bias)
-            score_TE = self.router.score(logits_TE)
-            if pinned is None:
-                context = RouterContext(valid_T=valid_T, bias_E=self.selection_bias, training=self.training)
-                pairs = self.router.choose(score_TE.detach(), context)
-            else:
-                pairs = pinned
-            weight_N = self.router.weigh(score_TE, pairs)
-        return pairs.with_weights(weight_N, logits_TE=logits_TE, score_TE=score_TE)
 
-    def forward(self, x: Tensor, *, valid: Tensor | None = None, pinned: Routing | None = None) -> MoEOutput:
+    def _logits(self, x_TD: Tensor, seed: int) -> tuple[Tensor, Noise | None]:
+        """Float32 logits (T, E), with jitter and noise while training, and what the noise was."""
+        if self.gate is None:
+            wide = torch.promote_types(x_TD.dtype, torch.float32)
+            return x_TD.new_zeros(len(x_TD), self.choices, dtype=wide), None
+        generator = torch.Generator(x_TD.device).manual_seed((seed * 0x9E3779B1 + 0x27D4EB2F) % 2**32)
+        jitter = self.router.needs.jitter
+        if self.training and jitter:
+            # bfloat16 has four numbers from 0.99 to 1.01
+            factor_TD = torch.empty_like(x_TD, dtype=torch.promote_types(x_TD.dtype, torch.float32))
+            x_TD = x_TD * factor_TD.uniform_(1 - jitter, 1 + jitter, generator=generator)
+        clean_TE: Tensor = _RouterLogits.apply(x_TD, self.gate.weight, self.gate.bias)
+        if self.gate_noise is None or not self.training:
+            return clean_TE, None
+        deviation_TE = F.softplus(_RouterLogits.apply(x_TD, self.gate_noise.weight, None))
+        normal_TE = torch.empty_like(clean_TE).normal_(generator=generator)
+        return clean_TE + normal_TE * deviation_TE, Noise(clean_TE, deviation_TE)
+
+    def _weigh(self, score_TE: Tensor, pairs: Routing, context: RouterContext) -> Tensor:
+        """Weights of the pairs; where a capacity dropped some, what they weighed among all that were wanted."""
+        if pairs.kept_N is None:
+            return self.router.weigh(score_TE, pairs, context)
+        assert pairs.wanted is not None
+        return self.router.weigh(score_TE, pairs.wanted, context)[pairs.kept_N]
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        valid: Tensor | None = None,
+        pinned: Routing | None = None,
+        token_ids: Tensor | None = None,
+        cost_E: Tensor | None = None,
+        step: int | None = None,
+        seed: int | None = None,
+    ) -> MoEOutput:
         """Route every token and add up its experts' answers.
 
         Args:
             x: (..., D).
             valid: Bool of x's leading shape, False for padding; padding gets zeros from the routed experts.
             pinned: A routing whose pairs to repeat, see `Routing.pinned`.
+            token_ids: Of x's leading shape, for routers that need them.
+            cost_E: What using each expert costs, for `CostAware`.
+            step: Of the training run, for schedules; None is after their end.
+            seed: Of everything random; None draws one when needed.
 
         Returns:
             `.output` of x's shape and `.routing` over the flattened tokens.
@@ -184,11 +302,51 @@ class MoE(nn.Module):
         if torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
         x_TD = x.reshape(-1, x.shape[-1])
-        routing = self.route(x_TD, valid_T=None if valid is None else valid.reshape(-1), pinned=pinned)
-        y_TD = self.experts(x_TD, routing)
+        routing = self.route(
+            x_TD,
+            valid_T=None if valid is None else valid.reshape(-1),
+            pinned=pinned,
+            token_id_T=None if token_ids is None else token_ids.reshape(-1),
+            cost_E=cost_E,
+            step=step,
+            seed=seed,
+        )
+        y_TD = self._multiply(x_TD, routing)
         if self.shared is not None:
             shared_TD = self.shared(x_TD)
             if self.shared_gate is not None:
                 shared_TD = self.shared_gate(x_TD).sigmoid() * shared_TD
             y_TD = y_TD + shared_TD
         return MoEOutput(y_TD.view(x.shape), routing)
+
+    def _multiply(self, x_TD: Tensor, routing: Routing) -> Tensor:
+        """The routed experts' weighted sum, (T, D)."""
+        if self.weigh_input:
+            return self._multiply_weighed_input(x_TD, routing)
+        experts = len(self.down)
+        real = routing if routing.experts == experts else routing.first(experts)
+        limit = None
+        if self.capacity is not None and self.capacity.queues:
+            limit = self.capacity.limit(routing, self.training)
+        if limit is None:
+            y_TD: Tensor = self.experts(x_TD, real)
+        else:
+            y_TD = torch.stack([self.experts(x_TD, part) for part in passes(real, limit)]).sum(0)
+        if real is not routing and self.null_kind == "identity":
+            null_N = routing.weight_N[real.pairs :]
+            null_T = null_N.new_zeros(routing.tokens).index_add(0, routing.token_N[real.pairs :], null_N)
+            y_TD = y_TD + null_T[:, None].to(x_TD.dtype) * x_TD
+        if self.training and self.router.needs.dense_gradient and torch.is_grad_enabled():
+            y_TD = dense_gradient(y_TD, x_TD, routing, self.experts)
+        return y_TD
+
+    def _multiply_weighed_input(self, x_TD: Tensor, routing: Routing) -> Tensor:
+        """Every pair is a token of its own, scaled before its expert and added up plainly."""
+        x_ND = routing.gather(x_TD) * routing.weight_N[:, None].to(x_TD.dtype)
+        alone = Routing(
+            token_N=torch.arange(routing.pairs, device=x_TD.device),
+            weight_N=torch.ones_like(routing.weight_N),
+            counts_E=routing.counts_E,
+            tokens=routing.pairs,
+        )
+        return x_TD.new_zeros(x_TD.shape).index_add(0, routing.token_N, self.experts(x_ND, alone))

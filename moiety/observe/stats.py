@@ -80,7 +80,7 @@ def health(routing: Routing, *, bias_E: Tensor | None = None) -> RoutingHealth:
     return RoutingHealth(
         counts_E=np.array(counts[: routing.experts], np.int64),
         tokens=tokens,
-        dropped=routing.dropped,
+        dropped=max(routing.dropped - routing.moved, 0),
         router_z=router_z,
         router_entropy=entropy,
         near_tie_rate=near_tie_rate,

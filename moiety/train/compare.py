@@ -15,13 +15,23 @@ from moiety.config import ModelConfig, require
 from moiety.errors import ConfigError
 from moiety.model.tokenizer import Tokenizer
 from moiety.model.transformer import Transformer
+from moiety.moe.routers import from_config
 from moiety.train.data import TokenData
 from moiety.train.evaluate import Evaluation
 from moiety.train.loop import StepRecord, Stop, train
 from moiety.train.model_options import ModelOptions
 from moiety.train.options import TrainOptions
 
-__all__ = ["Contender", "Spread", "over_seeds", "pair", "race", "seeded_pairs"]
+__all__ = [
+    "Contender",
+    "Spread",
+    "over_seeds",
+    "pair",
+    "race",
+    "routing_figures",
+    "seeded_pairs",
+    "seeded_routers",
+]
 
 
 @dataclass(kw_only=True, eq=False)
@@ -160,6 +170,30 @@ def seeded_pairs(
     ]
 
 
+def seeded_routers(
+    model: ModelOptions, options: TrainOptions, routers: Sequence[str], *, seeds: int, vocab_size: int
+) -> list[list[Contender]]:
+    """The same MoE with each of `routers`, for each of `seeds` seeds, from the options' own on.
+
+    Raises:
+        ConfigError: no such router, one named twice, one that cannot serve this model, or a dense model.
+    """
+    require(seeds > 0, f"seeds is {seeds}; it must be positive")
+    require(model.experts > 0, "a dense model has no router to compare", "set experts to 2 or more")
+    require(len(set(routers)) == len(routers), f"a router is named twice: {', '.join(routers)}")
+    configs = {name: replace(model, router=name).config(vocab_size, options.length) for name in routers}
+    for config in configs.values():
+        assert config.moe is not None
+        from_config(config.moe)  # refuse it now, not when its turn comes
+    return [
+        [
+            Contender(name=name, config=config, options=replace(options, seed=options.seed + number))
+            for name, config in configs.items()
+        ]
+        for number in range(seeds)
+    ]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Spread:
     """A figure over several seeds."""
@@ -179,7 +213,7 @@ class Spread:
 
 
 def over_seeds(finished: Sequence[Sequence[Contender]]) -> dict[str, dict[str, Spread]]:
-    """Bits per byte by domain and mean, and tokens per second, of each contender over seeds.
+    """Every figure of each contender over seeds: bits per byte by domain and mean, tokens per second, routing.
 
     Args:
         finished: For each seed the contenders after their race, in the same order.
@@ -190,5 +224,31 @@ def over_seeds(finished: Sequence[Sequence[Contender]]) -> dict[str, dict[str, S
         for domain in same[0].evaluation.bits_per_byte:
             figures[domain] = Spread.of([one.evaluation.bits_per_byte[domain] for one in same])
         figures["tokens_per_second"] = Spread.of([one.tokens_per_second for one in same])
+        routed = [routing_figures(one) for one in same]
+        for name in routed[0]:
+            figures[name] = Spread.of([figure[name] for figure in routed])
         result[same[0].name] = figures
     return result
+
+
+def routing_figures(contender: Contender) -> dict[str, float]:
+    """What the router did, means over layers; empty for a dense model.
+
+    `max_vio`, `dropped` (share of pairs) and `experts_per_token` are of training batches, over the last tenth of
+    the steps; `max_vio_global` and `dead` (experts of all layers without a token) are of the held-out text.
+    """
+    late = [record.health.values() for record in contender.records[-max(len(contender.records) // 10, 1) :]]
+    layers = [one for healths in late for one in healths]
+    if not layers:
+        return {}
+    counts_DLE = contender.evaluation.counts_DLE
+    assert counts_DLE is not None
+    counts_LE = counts_DLE.sum(0)
+    mean_L = counts_LE.mean(1)
+    return {
+        "max_vio": statistics.fmean(one.max_vio for one in layers),
+        "max_vio_global": float((counts_LE.max(1) / mean_L - 1).mean()),
+        "dead": float((counts_LE == 0).sum()),
+        "dropped": statistics.fmean(one.drop_rate for one in layers),
+        "experts_per_token": statistics.fmean(one.pairs / max(one.tokens, 1) for one in layers),
+    }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from moiety.config import AttentionConfig, ModelConfig, MoEConfig, check_types, option, require
@@ -21,17 +21,31 @@ class ModelOptions:
     d_ff: int = option(256, help="inner width of one expert, or of the dense feed-forward")
     experts: int = option(8, help="routed experts in each layer; 0 means a dense model")
     experts_per_token: int = option(2, help="experts that each token is sent to")
-    router: Literal["softmax", "switch", "sigmoid"] = option(
-        "softmax", help="softmax top-k, switch or sigmoid"
-    )
+    router: str = option("softmax", help="a name that `moiety routers` lists, or module:Class for your own")
+    router_options: tuple[str, ...] = option((), help="settings of that router, as name=value")
     renormalize: bool = option(True, help="divide the chosen weights by their sum")
     selection_bias: bool = option(False, help="balance by a bias on the choice (router sigmoid)")
     shared_d_ff: int = option(0, help="inner width of an expert every token uses; 0 means none")
     activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = option(
         "silu", help="activation of the feed-forwards"
     )
+    temperature: float = option(1.0, help="the router's logits are divided by this")
+    router_gradient: Literal["own", "straight_through", "dense"] = option(
+        "own", help="of the combine weights: the router's own, straight-through, or from all experts"
+    )
+    null_experts: int = option(0, help="further choices that cost nothing")
+    capacity_factor: float = option(
+        0.0, help="in training an expert takes at most this many times its fair share; 0 drops nothing"
+    )
+    eval_capacity_factor: float = option(0.0, help="the same outside training")
+    overflow: str = option(
+        "position",
+        help="who gives way: position, priority, random, reroute, dense, or queue for a second pass",
+    )
     balance_loss: float = option(0.01, help="coefficient of the load-balancing loss")
     z_loss: float = option(0.001, help="coefficient of the router z-loss")
+    bias_rate: float = option(0.001, help="step of the selection bias")
+    bias_rule: Literal["sign", "proportional", "quantile"] = option("sign", help="how that bias moves")
     tied: bool = option(True, help="use the token embedding as output head")
 
     def __post_init__(self) -> None:
@@ -51,20 +65,7 @@ class ModelOptions:
         Raises:
             ConfigError: the numbers do not fit together.
         """
-        moe = None
-        if self.experts:
-            moe = MoEConfig(
-                experts=self.experts,
-                experts_per_token=1 if self.router == "switch" else self.experts_per_token,
-                d_ff=self.d_ff,
-                router=self.router,
-                renormalize=self.renormalize,
-                selection_bias=self.selection_bias,
-                shared_d_ff=self.shared_d_ff,
-                activation=self.activation,
-                balance_loss=self.balance_loss,
-                z_loss=self.z_loss,
-            )
+        moe = self._moe() if self.experts else None
         return ModelConfig(
             vocab_size=vocab_size,
             d_model=self.d_model,
@@ -72,9 +73,20 @@ class ModelOptions:
             attention=AttentionConfig(
                 heads=self.heads, kv_heads=self.kv_heads or self.heads, head_dim=self.d_model // self.heads
             ),
-            d_ff=self.d_ff * (self.experts_per_token if self.experts else 1),
+            d_ff=self.d_ff * (moe.experts_per_token if moe else 1),
             moe=moe,
             activation=self.activation,
             tied=self.tied,
             max_positions=max_positions,
         )
+
+    def _moe(self) -> MoEConfig:
+        """The MoE layers: every option of both carries over, and a router that fixes its own k gets it."""
+        from moiety.moe.routers import ROUTERS
+
+        names = {item.name for item in fields(MoEConfig)} & {item.name for item in fields(self)}
+        values = {name: getattr(self, name) for name in names}
+        kind = ROUTERS.get(self.router)
+        if kind is not None and kind.fixed_k is not None:
+            values["experts_per_token"] = kind.fixed_k
+        return MoEConfig(**values)

@@ -34,7 +34,7 @@ def build_optimizer(
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        if ".gate." in f".{name}":
+        if ".gate." in f".{name}" or ".gate_noise." in f".{name}":
             groups["routers"].append((name, parameter))
         elif parameter.dim() == 1 or name.endswith("bias"):
             groups["vectors"].append((name, parameter))

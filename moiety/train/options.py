@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from moiety.config import check_types, option, require
+from moiety.schedule import Schedule
 
 __all__ = ["SCHEDULES", "ScheduleName", "TrainOptions"]
 
@@ -31,6 +32,21 @@ class TrainOptions:
     beta2: float = option(0.95, help="AdamW's decay of the second moment")
     clip: float = option(1.0, help="largest norm of the whole gradient; 0 means no clipping")
     router_rate: float = option(1.0, help="factor on the routers' learning rate")
+    freeze_router: bool = option(False, help="leave the routers as they are")
+    router_warmup: int = option(0, help="steps in which tokens go to experts drawn evenly")
+    explore: str = option("0", help="probability that a token does; a schedule, 0.2:0@1000 for instance")
+    router_temperature: str = option(
+        "1", help="the routers' logits are divided by it; a schedule that ends at 1"
+    )
+    soft_steps: int = option(
+        0, help="steps over which the experts per token fall from all of them to their number"
+    )
+    expert_dropout: float = option(0.0, help="chance that an expert of mean load is away for a step")
+    losses: tuple[str, ...] = option(
+        (),
+        help="further losses, NAME=COEFFICIENT, or a schedule as in load=0.05:0.01@1000; `moiety routers losses`",
+    )
+    balance_groups: int = option(0, help="groups of experts, one a device, for the losses over groups")
     balance_scope: Literal["step", "micro_batch", "sequence"] = option(
         "step",
         help="what the load in the balance loss is counted over; 'step' with accumulate > 1 costs a second forward",
@@ -56,6 +72,9 @@ class TrainOptions:
             "evaluate_sequences",
             "save_every",
             "seed",
+            "router_warmup",
+            "soft_steps",
+            "balance_groups",
         )
         for name in names:
             require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must not be negative")
@@ -65,3 +84,24 @@ class TrainOptions:
             require(0 <= getattr(self, name) < 1, f"{name} is {getattr(self, name)}; allowed is 0 to below 1")
         for name in ("learning_rate", "router_rate"):
             require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be positive")
+        for text in self.losses:
+            require(
+                "=" in text, f"losses names {text!r}", "write NAME=COEFFICIENT, for instance importance=0.1"
+            )
+            Schedule.parse(text.partition("=")[2])
+        low, high = Schedule.parse(self.explore).values
+        require(0 <= low <= high <= 1, f"explore is {self.explore!r}; a probability is 0 to 1")
+        temperature = Schedule.parse(self.router_temperature)
+        require(
+            temperature.values[0] > 0 and temperature.end == 1,
+            f"router_temperature is {self.router_temperature!r}; it must be positive and end at 1",
+            "a model with another temperature for good has the option temperature",
+        )
+        require(
+            0 <= self.expert_dropout < 1, f"expert_dropout is {self.expert_dropout}; allowed is 0 to below 1"
+        )
+        require(
+            not (self.freeze_router and self.router_rate != 1.0),
+            "freeze_router leaves the routers alone, and router_rate is set as well",
+            "set one of the two",
+        )

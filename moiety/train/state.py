@@ -48,6 +48,7 @@ class RunState:
         skipped_steps: Steps without an update because something was not finite.
         consecutive_skips: How many of the last steps were such.
         seconds: Time spent in steps, over all sittings.
+        sparsity: Coefficient of the sparsity loss, where a router's sparsity is steered.
         best_evaluation: JSON values about the best evaluation so far.
         last_evaluation: JSON values about the last one.
         run: The options of the run, as JSON values.
@@ -59,6 +60,7 @@ class RunState:
     skipped_steps: int = 0
     consecutive_skips: int = 0
     seconds: float = 0.0
+    sparsity: float = 1e-8
     best_evaluation: Mapping[str, Any] | None = None
     last_evaluation: Mapping[str, Any] | None = None
     run: Mapping[str, Any] = field(default_factory=dict)

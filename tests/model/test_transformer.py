@@ -19,7 +19,7 @@ from moiety.model.loss import cross_entropy
 from moiety.model.transformer import ModelOutput, Transformer
 from moiety.moe.balance import load_balance_loss
 from moiety.moe.layer import MoE
-from moiety.moe.routers import Router, RouterContext
+from moiety.moe.routers import Needs, Router, RouterContext
 from moiety.routing import Routing
 from tests import tiny
 
@@ -196,21 +196,21 @@ class Fickle:
         self.inner, self.asked = inner, 0
 
     @property
-    def uses_bias(self) -> bool:
-        return self.inner.uses_bias
+    def needs(self) -> Needs:
+        return self.inner.needs
 
     def check(self, experts: int) -> None:
         self.inner.check(experts)
 
-    def score(self, logits_TE: Tensor) -> Tensor:
-        return self.inner.score(logits_TE)
+    def score(self, logits_TE: Tensor, context: RouterContext) -> Tensor:
+        return self.inner.score(logits_TE, context)
 
     def choose(self, score_TE: Tensor, context: RouterContext) -> Routing:
         self.asked += 1
         return self.inner.choose(score_TE if self.asked % 2 else score_TE.flip(0), context)
 
-    def weigh(self, score_TE: Tensor, pairs: Routing) -> Tensor:
-        return self.inner.weigh(score_TE, pairs)
+    def weigh(self, score_TE: Tensor, pairs: Routing, context: RouterContext) -> Tensor:
+        return self.inner.weigh(score_TE, pairs, context)
 
 
 class TestRecomputation:

@@ -10,10 +10,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from moiety.moe.balance import load_balance_loss, sequence_balance_loss, update_bias, z_loss
+from moiety.errors import ConfigError
+from moiety.moe.balance import (
+    load_balance_loss,
+    quantile_bias,
+    sequence_balance_loss,
+    update_bias,
+    update_sparsity,
+    z_loss,
+)
 from moiety.moe.layer import MoE
 from moiety.moe.routers import Router, RouterContext, SigmoidTopK, Switch, TopK
-from moiety.routing import Routing
+from moiety.routing import Routing, top_k
 
 ROUTERS = {
     "topk": TopK(2),
@@ -31,9 +39,10 @@ every_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 
 
 def routed(logits_TE: Tensor, router: Router, valid_T: Tensor | None = None) -> Routing:
-    score_TE = router.score(logits_TE)
-    pairs = router.choose(score_TE.detach(), RouterContext(valid_T=valid_T))
-    weight_N = router.weigh(score_TE, pairs)
+    context = RouterContext(logits_TE=logits_TE, valid_T=valid_T)
+    score_TE = router.score(logits_TE, context)
+    pairs = router.choose(score_TE.detach(), context)
+    weight_N = router.weigh(score_TE, pairs, context)
     return dataclasses.replace(pairs, weight_N=weight_N, logits_TE=logits_TE, score_TE=score_TE)
 
 
@@ -257,3 +266,104 @@ def test_a_layer_built_without_memory_can_be_given_some() -> None:
     layer.to_empty(device="cpu")
     assert layer.gate_up.device.type == layer.selection_bias.device.type == "cpu"
     assert layer.selection_bias.dtype == torch.float32
+
+
+def test_proportional_rule_steps_by_the_error_over_the_mean() -> None:
+    bias_E = torch.zeros(4)
+    for scale in (1, 1000):
+        bias_E.copy_(torch.tensor([0.5, -0.25, 0.0, 1.0]))
+        update_bias(bias_E, torch.tensor([10, 0, 4, 2]) * scale, rate=0.125, rule="proportional")
+        assert bias_E.tolist() == [0.3125, -0.125, 0.0, 1.0625]
+    update_bias(bias_E, torch.zeros(4, dtype=torch.int64), rate=0.125, rule="proportional")
+    assert bias_E.tolist() == [0.3125, -0.125, 0.0, 1.0625]
+    with pytest.raises(ConfigError, match="no bias rule 'tanh'\nhint: there are sign, proportional"):
+        update_bias(bias_E, torch.ones(4), rate=0.1, rule="tanh")  # type: ignore[arg-type]
+
+
+def max_violation(score_TE: Tensor, bias_E: Tensor, k: int) -> float:
+    """(most - mean) / mean of the loads of top-k of score + bias."""
+    load_E = torch.bincount(top_k(score_TE + bias_E, k).reshape(-1), minlength=score_TE.shape[1]).double()
+    return (load_E.max() / load_E.mean() - 1).item()
+
+
+@pytest.mark.parametrize(("experts", "k"), [(16, 2), (64, 8), (8, 7)])
+@pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
+def test_a_few_rounds_of_quantiles_do_what_takes_sign_steps_hundreds(
+    experts: int, k: int, scores: str
+) -> None:
+    logits_TE = torch.randn(2000, experts) + torch.linspace(-2, 2, experts)
+    score_TE = logits_TE.softmax(dim=-1) if scores == "softmax" else logits_TE.sigmoid()
+    before = max_violation(score_TE, torch.zeros(experts), k)
+    assert before > 0.1
+    bias_E = torch.zeros(experts)
+    quantile_bias(score_TE, bias_E, k, rounds=4)
+    assert max_violation(score_TE, bias_E, k) < 0.1
+    assert abs(bias_E.mean().item()) < 1e-6
+    again_E = torch.zeros(experts)
+    for _ in range(4):
+        quantile_bias(score_TE, again_E, k)
+    assert torch.equal(again_E, bias_E)
+    if k < 7 or scores == "sigmoid":  # else the scores are so small that steps of 0.001 get there early
+        stepped_E = torch.zeros(experts)
+        for _ in range(100):
+            load_E = torch.bincount(top_k(score_TE + stepped_E, k).reshape(-1), minlength=experts)
+            update_bias(stepped_E, load_E, 0.001)
+        assert max_violation(score_TE, stepped_E, k) > 0.1
+
+
+def test_quantile_bias_by_hand() -> None:
+    """A round in plain Python: prices of the tokens, then biases of the experts, then these centred."""
+    score_TE = torch.rand(14, 4, dtype=torch.float64) ** 2
+    bias_E = torch.tensor([0.25, 0.0, -0.5, 0.125])
+    score, start = score_TE.tolist(), bias_E.tolist()
+    quantile_bias(score_TE, bias_E, 2)
+    ranked = [sorted((s + b for s, b in zip(row, start, strict=True)), reverse=True) for row in score]
+    price = [(row[1] + row[2]) / 2 for row in ranked]
+    margins = [
+        sorted((row[e] - a for row, a in zip(score, price, strict=True)), reverse=True) for e in range(4)
+    ]
+    edges = [(margin[6] + margin[7]) / 2 for margin in margins]  # 7 tokens for each
+    expected = [sum(edges) / 4 - edge for edge in edges]
+    assert bias_E.tolist() == pytest.approx(expected, abs=1e-6)
+    assert max(expected) - min(expected) > 0.05
+
+
+def test_quantile_bias_leaves_out_padding_and_takes_odd_sizes() -> None:
+    score_TE, valid_T = torch.rand(60, 5), torch.rand(60) > 0.4
+    expected_E, bias_E = torch.zeros(5), torch.zeros(5)
+    quantile_bias(score_TE[valid_T], expected_E, 2, rounds=3)
+    quantile_bias(score_TE.masked_fill(~valid_T[:, None], 99.0), bias_E, 2, valid_T, rounds=3)
+    assert torch.equal(bias_E, expected_E) and bias_E.any()
+    start_E = torch.arange(5.0)
+    for tokens, k in ((0, 2), (1, 2), (9, 5)):
+        quantile_bias(torch.rand(tokens, 5), start_E, k)
+        assert start_E.tolist() == [0, 1, 2, 3, 4]
+    quantile_bias(torch.rand(2, 5), start_E, 1)
+    assert bool(start_E.isfinite().all())
+    with pytest.raises(AssertionError):
+        quantile_bias(torch.rand(9, 5), start_E.double(), 2)
+
+
+def test_update_sparsity_holds_the_target() -> None:
+    assert update_sparsity(1e-8, 3.0, 2.0, 8) == pytest.approx(1.2e-8)
+    assert update_sparsity(1e-8, 1.5, 2.0, 8, rate=2.0) == pytest.approx(0.5e-8)
+    assert update_sparsity(1e-8, 2.0, 2.0, 8) == 1e-8
+    coefficient, pairs_per_token = 1e-8, 8.0
+    for _ in range(200):  # a router whose pairs shrink with the penalty
+        coefficient = update_sparsity(coefficient, pairs_per_token, 2.0, 8)
+        pairs_per_token = 8 / (1 + 1e4 * coefficient)
+    assert pairs_per_token == pytest.approx(2, rel=0.2)
+    for bad in ((0.0, 1.0, 2.0, 8), (1e-8, 1.0, 9.0, 8), (1e-8, 1.0, 2.0, 8, 1.0)):
+        with pytest.raises(AssertionError):
+            update_sparsity(*bad)
+
+
+def test_losses_count_what_was_wanted() -> None:
+    """Dropping until the load is even does not make the router even."""
+    logits_TE = torch.randn(30, 6) + torch.linspace(0, 2, 6)
+    whole = routed(logits_TE, TopK(2))
+    place_N = torch.arange(whole.pairs) - (whole.ends_E - whole.counts_E)[whole.expert_N]
+    kept = whole.keep(place_N < 2)
+    assert kept.counts_E.max() == 2 and kept.dropped > 0
+    assert load_balance_loss(kept).item() == load_balance_loss(whole).item() > 1.05
+    assert sequence_balance_loss(kept, 3).item() == sequence_balance_loss(whole, 3).item()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from typing import Any
 
@@ -15,7 +16,7 @@ from moiety.moe import routers
 from moiety.moe.layer import MoE
 from moiety.moe.routers import Router, RouterContext, SigmoidTopK, Switch, TopK, keep_groups
 from moiety.routing import Routing
-from tests import oracle
+from tests import oracle, router_oracle
 
 EXPERTS = 12
 ROUTERS: dict[str, Router] = {
@@ -39,21 +40,22 @@ def decide(
     router: Router, logits_TE: Tensor, bias_E: Tensor | None = None, valid_T: Tensor | None = None
 ) -> Routing:
     """The three questions in a row, as the layer asks them."""
-    score_TE = router.score(logits_TE)
-    pairs = router.choose(score_TE.detach(), RouterContext(bias_E=bias_E, valid_T=valid_T))
-    return pairs.with_weights(router.weigh(score_TE, pairs))
+    context = RouterContext(logits_TE=logits_TE, bias_E=bias_E, valid_T=valid_T)
+    score_TE = router.score(logits_TE, context)
+    pairs = router.choose(score_TE.detach(), context)
+    return pairs.with_weights(router.weigh(score_TE, pairs, context))
 
 
 @pytest.mark.parametrize("padded", [False, True])
 @every_router
 def test_choice_weight_and_gradient(router: Router, padded: bool) -> None:
     logits_TE = torch.randn(37, EXPERTS, dtype=torch.float64, requires_grad=True)
-    bias_E = torch.randn(EXPERTS) if router.uses_bias else None
+    bias_E = torch.randn(EXPERTS) if router.needs.bias else None
     valid_T = torch.rand(37) > 0.3 if padded else None
     grad_TE = torch.randn(37, EXPERTS, dtype=torch.float64)
     routing = decide(router, logits_TE, bias_E, valid_T)
     (got_TE,) = torch.autograd.grad(routing.dense(), logits_TE, grad_TE)
-    chosen_TE, weight_TE = oracle.route(router, logits_TE, bias_E, valid_T)
+    chosen_TE, weight_TE = router_oracle.route(router, logits_TE, bias_E, valid_T)
     (true_TE,) = torch.autograd.grad(weight_TE, logits_TE, grad_TE)
     assert torch.equal(routing.with_weights(torch.ones(routing.pairs)).dense() > 0, chosen_TE)
     oracle.assert_close_enough(routing.dense().detach(), weight_TE.detach(), weight_TE.detach())
@@ -65,8 +67,8 @@ def test_choice_weight_and_gradient(router: Router, padded: bool) -> None:
 def test_choice_is_right_with_ties(router: Router) -> None:
     logits_TE = torch.randint(-1, 2, (60, EXPERTS)).double()
     logits_TE[0] = 0.0
-    bias_E = torch.zeros(EXPERTS) if router.uses_bias else None
-    chosen_TE, _ = oracle.route(router, logits_TE, bias_E)
+    bias_E = torch.zeros(EXPERTS) if router.needs.bias else None
+    chosen_TE, _ = router_oracle.route(router, logits_TE, bias_E)
     routing = decide(router, logits_TE, bias_E)
     assert torch.equal(routing.with_weights(torch.ones(routing.pairs)).dense() > 0, chosen_TE)
     k = int(chosen_TE[0].sum())
@@ -180,9 +182,25 @@ def test_from_config_names_every_router() -> None:
 
 
 @pytest.mark.parametrize("name", routers.ROUTERS)
-def test_from_config_serves_one_expert(name: str) -> None:
-    config = MoEConfig(router=name, d_ff=8, experts=1, experts_per_token=1)
-    assert decide(routers.from_config(config), torch.randn(3, 1)).pairs == 3
+def test_from_config_serves_as_few_experts_as_it_may(name: str) -> None:
+    k = routers.ROUTERS[name].fixed_k or 1
+    config = MoEConfig(router=name, d_ff=8, experts=k, experts_per_token=k)
+    layer = MoE(d_model=4, d_ff=4, experts=k, router=routers.from_config(config)).eval()
+    routing = layer.route(torch.randn(3, 4), token_id_T=torch.tensor([5, 0, 5]))
+    if name == "relu":
+        assert routing.logits_TE is not None
+        assert routing.pairs == int((routing.logits_TE > 0).sum())
+    else:
+        assert routing.counts_E.tolist() == [3] * k
+
+
+@pytest.mark.parametrize("name", [name for name, kind in routers.ROUTERS.items() if kind.fixed_k])
+def test_from_config_refuses_another_k_than_the_fixed_one(name: str) -> None:
+    k = routers.ROUTERS[name].fixed_k or 0
+    config = MoEConfig(router="softmax", d_ff=8, experts=4, experts_per_token=k + 1)
+    with pytest.raises(ConfigError, match=f"{name}.*experts_per_token is {k + 1}") as caught:
+        routers.from_config(dataclasses.replace(config, router=name))
+    assert "hint" in str(caught.value)
 
 
 # Against transformers

@@ -163,8 +163,7 @@ def _record(step: int, seconds: float, bits: float | None = None) -> StepRecord:
     return StepRecord(
         state=RunState(step=step),
         loss=1.0,
-        balance_loss=None,
-        z_loss=None,
+        router_losses={},
         gradient_norm=1.0,
         learning_rate=1.0,
         skipped=False,

@@ -20,7 +20,7 @@ from torch import Tensor
 from moiety.errors import TrainingError
 from moiety.model.tokenizer import Tokenizer
 from moiety.model.transformer import Transformer
-from moiety.moe.routers import Router, TopK
+from moiety.moe.routers import Router, RouterContext, TopK
 from moiety.train.data import TokenData
 from moiety.train.loop import check_router_gradient, moe_layers, train
 from moiety.train.state import RunState, latest_checkpoint, read_state
@@ -365,8 +365,8 @@ def test_weights_that_overflow_are_not_written(data: TokenData, vocabulary: int,
 class Detached(TopK):
     """A router whose scores have lost their way back."""
 
-    def score(self, logits_TE: Tensor) -> Tensor:
-        return super().score(logits_TE.detach())
+    def score(self, logits_TE: Tensor, context: RouterContext) -> Tensor:
+        return super().score(logits_TE.detach(), context)
 
 
 def _with_router(vocabulary: int, router: Router, layer: int, **changes: Any) -> Transformer:
