@@ -26,6 +26,7 @@ from moiety.cost import (
     weight_bytes,
 )
 from moiety.errors import ConfigError
+from moiety.model.transformer import Transformer
 from moiety.registry import REGISTRY, lookup, lookup_decoder
 from tests import tiny
 
@@ -360,3 +361,21 @@ def test_counts_are_those_of_our_own_model(name: str) -> None:
             touched += parameter.numel()
     assert counts.active == touched
     assert (counts.active < counts.total) == (config.moe is not None)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"router": "noisy"},
+        {"router": "hash", "balance_loss": 0.0, "z_loss": 0.0},
+        {"null_experts": 3},
+        {"null_experts": 2, "router": "sigmoid", "selection_bias": True, "router_bias": True},
+    ],
+    ids=str,
+)
+def test_routers_of_other_shapes_are_counted(changes: dict[str, object]) -> None:
+    moe = MoEConfig(experts=5, experts_per_token=2, d_ff=16, **changes)  # type: ignore[arg-type]
+    config = config_of(moe=moe)
+    model = Transformer(config)
+    biases = sum(b.numel() for name, b in model.named_buffers() if name.endswith("selection_bias"))
+    assert parameters(config).total == biases + sum(p.numel() for p in model.parameters())

@@ -28,7 +28,11 @@ ROPE, TRANSFORMER, STATE = (
     "tests/train/test_state.py",
 )
 ROUTING, LOSS = "tests/test_routing.py", "tests/model/test_loss.py"
-ZOO, WRAPPERS = "tests/moe/test_router_zoo.py", "tests/moe/test_wrappers.py"
+ZOO, IN_LAYERS, WRAPPERS = (
+    "tests/moe/test_router_zoo.py",
+    "tests/moe/test_router_layers.py",
+    "tests/moe/test_wrappers.py",
+)
 
 
 class Mutation(NamedTuple):
@@ -190,7 +194,7 @@ MUTATIONS = (
         "moe/layer.py",
         "        return self.router.weigh(score_TE, pairs.wanted, context)[pairs.kept_N]",
         "        return self.router.weigh(score_TE, pairs, context)",
-        ZOO,
+        IN_LAYERS,
     ),
     Mutation(
         "top-p stops one expert short",
@@ -211,14 +215,14 @@ MUTATIONS = (
         "moe/layer.py",
         'if real is not routing and self.null_kind == "identity":',
         'if real is not routing and self.null_kind == "":',
-        ZOO,
+        IN_LAYERS,
     ),
     Mutation(
         "noise that grows with its exponent",
         "moe/layer.py",
         "F.softplus(_RouterLogits.apply(x_TD, self.gate_noise.weight, None))",
         "_RouterLogits.apply(x_TD, self.gate_noise.weight, None).exp()",
-        ZOO,
+        IN_LAYERS,
     ),
     Mutation(
         "no gradient from experts not chosen",

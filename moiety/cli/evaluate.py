@@ -58,7 +58,7 @@ def evaluate(
             hint="write numbers with commas, 1,2,4 for instance",
         ) from None
     opened = open_model(path)
-    found: list[tuple[int, Evaluation]] = []
+    found: list[tuple[int | None, Evaluation]] = []
     with tempfile.TemporaryDirectory(prefix="moiety-") as folder:
         text = prepare_text(
             Path(folder), sources, vocab_size=0, bytes_per_domain=bytes_per_domain, tokenizer=opened.tokenizer
@@ -66,8 +66,8 @@ def evaluate(
         for note in text.notes:
             talk().print(note, style="dim")
         wanted = length or opened.model.config.max_positions
-        for number in numbers or [0]:
-            if number:
+        for number in (*numbers,) or (None,):
+            if number is not None:
                 set_experts_per_token(opened.model, number)
             found.append(
                 (number, score(opened.model, text.data, batch=batch, length=wanted, limit=sequences))
@@ -79,11 +79,11 @@ def evaluate(
     return 0
 
 
-def _print(found: Sequence[tuple[int, Evaluation]]) -> None:
+def _print(found: Sequence[tuple[int | None, Evaluation]]) -> None:
     domains = list(found[0][1].bits_per_byte)
     rows = [
         [
-            str(number or "own"),
+            "own" if number is None else str(number),
             f"{one.mean_bits_per_byte:.3f}",
             *(f"{one.bits_per_byte[domain]:.3f}" for domain in domains),
             f"{sum(one.size_bytes.values()) / one.seconds:,.0f}",
@@ -94,9 +94,9 @@ def _print(found: Sequence[tuple[int, Evaluation]]) -> None:
     print_table("bits/byte of held-out text, lower is better", columns, rows)
 
 
-def _values(number: int, one: Evaluation) -> dict[str, Any]:
+def _values(number: int | None, one: Evaluation) -> dict[str, Any]:
     return {
-        "experts_per_token": number or None,
+        "experts_per_token": number,
         "mean_bits_per_byte": one.mean_bits_per_byte,
         "bits_per_byte": dict(one.bits_per_byte),
         "bytes_per_second": sum(one.size_bytes.values()) / one.seconds,

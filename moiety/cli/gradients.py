@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from moiety.cli.output import command, print_json, print_table, talk
+from moiety.cli.output import command, print_json, print_table
 from moiety.cli.own import import_own_routers
 from moiety.errors import CheckFailed, DataError, UsageError
 
@@ -35,7 +33,7 @@ def gradients(
     router: Annotated[str, Parameter(help="import this module:Class, which the model's config names")] = "",
     json: Annotated[bool, Parameter(negative="", help="print JSON")] = False,
 ) -> int:
-    """One training step that changes nothing. Without a text, random tokens: they show what is cut off, not what is idle.
+    """One training step that changes nothing. Without a text it learns random tokens.
 
     Parameters
     ----------
@@ -55,23 +53,20 @@ def gradients(
     tokens_BS = _tokens(opened, _read(text) if text is not None else prompt, length, sequences)
     report = gradient_report(opened.model, tokens_BS)
     if json:
-        layers = [
-            {name: _plain(value) for name, value in dataclasses.asdict(one).items()} for one in report.layers
-        ]
-        print_json({"tokens": report.tokens, "ok": report.ok, "layers": layers})
+        print_json(report.plain())
     else:
         rows = [
             [
-                f"layer {one.layer}", _number(one.router_norm), _number(one.balance_norm),
-                f"{one.experts_reached} of {one.experts}", _number(one.expert_norm_max), _number(one.expert_norm_median),
+                f"layer {one.layer}",
+                *map(_number, (one.router_norm, one.balance_norm)),
+                f"{one.experts_reached} of {one.experts}",
+                *map(_number, (one.expert_norm_max, one.expert_norm_median)),
             ]
             for one in report.layers
-        ]  # fmt: skip
+        ]
         columns = ["", "router, text", "router, balance", "experts", "largest", "median"]
         print_table(f"norms of gradients, {report.tokens} tokens", columns, rows)
-        for one in report.layers:
-            print(one.verdict)
-    talk().print(f"{opened.path} is as it was: nothing was updated", style="dim")
+        print("\n".join(one.verdict for one in report.layers))
     if not report.ok:
         bad = ", ".join(str(one.layer) for one in report.layers if not one.ok)
         raise CheckFailed(f"in layers {bad} something that should learn does not")
@@ -99,8 +94,3 @@ def _tokens(opened: Opened, text: str, length: int, sequences: int) -> Tensor:
 
 def _number(value: float | None) -> str:
     return "none" if value is None else f"{value:.2e}"
-
-
-def _plain(value: Any) -> Any:
-    """What JSON can say: it has no infinity."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import torch
 from torch import Tensor, nn
 
@@ -10,7 +12,7 @@ from moiety.backends.matmul import linear
 from moiety.backends.weights import ExpertWeights, activation
 from moiety.routing import Routing
 
-__all__ = ["Experts", "FeedForward"]
+__all__ = ["Experts", "FeedForward", "expert_seconds"]
 
 
 def _parameter(*shape: int, device: torch.device | str | None, dtype: torch.dtype | None) -> nn.Parameter:
@@ -90,6 +92,32 @@ class Experts(nn.Module):
         """y[token] = sum of weight * expert(x[token]), (T, D), in x's dtype."""
         name = backends.choose(self.backend, x_TD.device, x_TD.dtype).name
         return backends.get(name).expert_mlp(x_TD, routing, self.weights(x_TD.dtype))
+
+
+@torch.no_grad()
+def expert_seconds(experts: Experts, rows: int = 64, repeats: int = 5) -> Tensor:
+    """Median seconds that each expert takes for `rows` tokens here and now, (E,): a cost for `CostAware`.
+
+    Experts that sit in slow memory, or on a slow device, show. Each is first run once unmeasured.
+    """
+    x_ND = torch.randn(rows, experts.down.shape[1], dtype=experts.down.dtype, device=experts.down.device)
+    count = len(experts.down)
+    seconds = torch.empty(count, repeats)
+    for expert in range(count):
+        counts_E = torch.zeros(count, dtype=torch.int64, device=x_ND.device)
+        counts_E[expert] = rows
+        routing = Routing(
+            token_N=torch.arange(rows, device=x_ND.device),
+            weight_N=torch.ones(rows, device=x_ND.device),
+            counts_E=counts_E,
+            tokens=rows,
+        )
+        for repeat in range(-1, repeats):
+            begun = time.perf_counter()
+            experts(x_ND, routing).sum().item()  # waits for the device
+            if repeat >= 0:
+                seconds[expert, repeat] = time.perf_counter() - begun
+    return seconds.median(dim=1).values
 
 
 class FeedForward(nn.Module):

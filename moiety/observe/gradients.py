@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,7 +68,7 @@ class _Reached:
     Args:
         router: Norm of the gradient of the gate's weight; None where there is none to train.
         why: Why there is none to train.
-        weights: Norm of the gradient of the combine weights.
+        weights: Norm of the gradient of the combine weights; None where they carry none.
         alike: True if all combine weights are the same number.
         expert_E: Norm of each expert's gradient; None where the experts are frozen.
         counts_E: Pairs of each expert.
@@ -76,7 +77,7 @@ class _Reached:
 
     router: float | None
     why: str
-    weights: float
+    weights: float | None
     alike: bool
     expert_E: Tensor | None
     counts_E: Tensor
@@ -118,7 +119,7 @@ def _gradients(model: Transformer, tokens_BS: Tensor, seed: int, *, balance: boo
         reached[layer] = _Reached(
             router=float(mine["gate"].double().norm()) if "gate" in mine else None,
             why=_why_untrained(moe),
-            weights=float(mine["weights"].double().norm()) if "weights" in mine else 0.0,
+            weights=float(mine["weights"].double().norm()) if "weights" in mine else None,
             alike=len(weight_N) > 0 and bool(torch.allclose(weight_N, weight_N[0], rtol=1e-5)),
             expert_E=torch.stack(squares).sum(0).sqrt().cpu() if squares else None,
             counts_E=routings[layer].counts_E[: len(moe.down)].cpu(),
@@ -154,10 +155,10 @@ def _judged(layer: int, learnt: _Reached, balanced: _Reached | None) -> LayerGra
     """The figures of a layer and what they mean."""
     balance_norm = None if balanced is None else balanced.router
     expert_E = learnt.expert_E
-    reached_E = None if expert_E is None else expert_E > 0
+    reached_E = None if expert_E is None else expert_E != 0
     without = () if reached_E is None else tuple((~reached_E).nonzero().squeeze(1).tolist())
     unused = tuple(expert for expert in without if learnt.counts_E[expert] == 0)
-    norms = expert_E if expert_E is not None and len(expert_E) else torch.zeros(1)
+    norms = torch.zeros(1) if expert_E is None or len(without) == len(expert_E) else expert_E[expert_E != 0]
     ok, verdict = _verdict(layer, learnt, balance_norm)
     return LayerGradients(
         layer=layer,
@@ -183,7 +184,7 @@ def _verdict(layer: int, learnt: _Reached, balance_norm: float | None) -> tuple[
         return False, f"{name} gets a gradient that is not finite"
     if not learnt.pairs:
         return False, f"{name} sends no token to any expert, so nothing can be learnt"
-    if learnt.router > NOTHING * learnt.weights:
+    if learnt.router > NOTHING * (learnt.weights or 0.0):
         if balance_norm is not None and balance_norm == 0:
             return True, f"{name} learns from the language-model loss, but nothing from the balance loss"
         return True, f"{name} learns"
@@ -192,10 +193,10 @@ def _verdict(layer: int, learnt: _Reached, balance_norm: float | None) -> tuple[
             "all combine weights are the same number, whatever the router says (one expert per token, divided by "
             "itself?): use router switch, or renormalize false"
         )
+    elif learnt.weights is None:
+        cause = "its scores or its combine weights are detached"
     elif learnt.weights > 0:
-        cause = (
-            "the combine weights get one, but their scores are detached, or so sure that they no longer move"
-        )
+        cause = "the combine weights get one, but the scores behind them are so sure that they no longer move"
     else:
         cause = "not even the combine weights get one: do the experts answer anything but zero?"
     only = "; the balance loss alone moves it" if balance_norm else ""
@@ -209,15 +210,17 @@ def _about_experts(learnt: _Reached, without: Sequence[int], unused: Sequence[in
     if not bool(learnt.expert_E.isfinite().all()):
         said.append("an expert's gradient is not finite")
     if unused:
-        said.append(f"experts {_listed(unused)} got no token of this text")
+        said.append(f"{_listed(unused)} got no token of this text")
     idle = [expert for expert in without if expert not in unused]
     if idle:
-        said.append(f"experts {_listed(idle)} got tokens but no gradient")
+        said.append(f"{_listed(idle)} got tokens but no gradient")
     return said
 
 
 def _listed(experts: Sequence[int]) -> str:
-    return ", ".join(map(str, experts[:12])) + (", ..." if len(experts) > 12 else "")
+    """`expert 3`, `experts 1, 4`; a long list is cut."""
+    names = ", ".join(map(str, experts[:12])) + (", ..." if len(experts) > 12 else "")
+    return f"expert{'s' if len(experts) > 1 else ''} {names}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,8 +235,8 @@ class LayerGradients:
         experts_reached: Experts with a gradient.
         experts_without: Experts with none.
         experts_unused: Those of them that got no token; the others should have one.
-        expert_norm_max: Largest norm over the experts, all their weights together.
-        expert_norm_median: Median of the same.
+        expert_norm_max: Largest norm over the experts, all weights of one together.
+        expert_norm_median: Median of the same over experts with a gradient.
         ok: False where a router or an expert that should learn does not.
         verdict: The same in words.
     """
@@ -267,6 +270,15 @@ class GradientReport:
     def ok(self) -> bool:
         """True if everything that should learn does."""
         return all(one.ok for one in self.layers)
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON values; a number that is not finite becomes None, for JSON has none."""
+        layers = [asdict(one) for one in self.layers]
+        for one in layers:
+            for name, value in one.items():
+                if isinstance(value, float) and not math.isfinite(value):
+                    one[name] = None
+        return {"tokens": self.tokens, "ok": self.ok, "layers": layers}
 
     @property
     def by_layer(self) -> Mapping[int, LayerGradients]:

@@ -13,6 +13,7 @@ from moiety import cost
 from moiety.config import ModelConfig
 from moiety.errors import FormatError, UsageError
 from moiety.model.tokenizer import Tokenizer
+from moiety.observe.alarm import batch_advice
 from moiety.storage import write_atomically
 from moiety.train import corpus
 from moiety.train.data import TokenData, build, prepare_tokenizer
@@ -206,7 +207,11 @@ def describe(plan: RunPlan, text_tokens: int) -> str:
         f"text: {_short(text_tokens)} tokens; training: {_short(tokens)} tokens, {tokens / text_tokens:.2f} epochs, "
         f"{_short(flops)} FLOP",
     ]
-    if options.accumulate > 1 and options.balance_scope == "step" and plan.model.moe is not None:
+    moe = plan.model.moe
+    if moe is not None:
+        step = options.batch * options.accumulate * options.length
+        lines.append(batch_advice(step, moe.experts, moe.experts_per_token).message)
+    if options.accumulate > 1 and options.balance_scope == "step" and moe is not None:
         lines.append(
             "balance over the whole step costs a second forward pass; --balance-scope micro_batch does not"
         )

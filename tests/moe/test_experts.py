@@ -8,7 +8,7 @@ from torch import Tensor
 
 from moiety.backends.weights import ExpertWeights
 from moiety.errors import ConfigError
-from moiety.moe.experts import Experts, FeedForward
+from moiety.moe.experts import Experts, FeedForward, expert_seconds
 from moiety.routing import Routing
 from tests import oracle
 
@@ -105,3 +105,9 @@ def test_stacked_experts_cast_to_the_dtype_of_the_tokens_and_train_the_parameter
 def test_weights_of_one_dtype_are_not_copied() -> None:
     experts = Experts(8, 6, 3)
     assert experts.weights(torch.float32).up.data_ptr() == experts.get_parameter("gate_up").data_ptr()
+
+
+def test_every_expert_is_timed() -> None:
+    layer = Experts(16, 8, 3)
+    seconds_E = expert_seconds(layer, rows=4, repeats=3)
+    assert seconds_E.shape == (3,) and bool((seconds_E > 0).all()) and bool((seconds_E < 1).all())

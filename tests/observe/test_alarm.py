@@ -18,7 +18,7 @@ from moiety.moe.layer import MoE
 from moiety.moe.routers import ReLU, Router, Switch, TopK
 from moiety.observe.alarm import HISTORY, Alarm, batch_advice, collapse
 from moiety.observe.stats import RoutingHealth, health
-from moiety.train.loop import moe_layers
+from moiety.train.routers import moe_layers
 from tests.train import tiny
 
 History = list[tuple[int, dict[int, RoutingHealth]]]

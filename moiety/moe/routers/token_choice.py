@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -214,7 +214,8 @@ class GShard:
         share_T = best_TK[:, 1] / best_TK.sum(1).clamp(min=TINY)
         drawn_T = torch.rand(len(score_TE), generator=context.generator(1), device=score_TE.device)
         keep_T = 2 * share_T > drawn_T
-        return pairs.keep((pairs.rank_N == 0) | keep_T[pairs.token_N])
+        drawn = pairs.keep((pairs.rank_N == 0) | keep_T[pairs.token_N])
+        return replace(drawn, dropped=0)  # these were not drawn; `dropped` is what a capacity takes away
 
     def weigh(self, score_TE: Tensor, pairs: Routing, context: RouterContext) -> Tensor:
         return divided(pairs.at_pairs(score_TE), pairs)
