@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from moiety import cost
 from moiety.config import ModelConfig
-from moiety.model.loss import cross_entropy
 from moiety.model.transformer import Transformer
 from moiety.moe import balance
 from moiety.train.model_options import ModelOptions
@@ -28,7 +27,7 @@ MODEL = ModelOptions(d_model=256, layers=6, heads=4, d_ff=704, experts=8, expert
 def our_loss(model: Transformer, tokens_BS: Tensor, targets_BS: Tensor) -> Tensor:
     """Cross entropy, and for an MoE the balance and z losses."""
     output = model(tokens_BS)
-    loss = cross_entropy(output.hidden, output.head_weight, targets_BS) / targets_BS.numel()
+    loss = output.cross_entropy(targets_BS) / targets_BS.numel()
     for routing in output.routing.values():
         even, small = balance.load_balance_loss(routing), balance.z_loss(routing)
         loss = loss + (0.01 * even + 0.001 * small) / len(output.routing)

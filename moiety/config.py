@@ -1,7 +1,7 @@
 """What a model is: frozen dataclasses, valid by construction, no torch.
 
 One `ModelConfig` describes every decoder this toolkit knows, dense or Mixture-of-Experts. A family
-(`model/families.py`) is only a translation between a `config.json` and this. Help text sits on the
+(`model/families/`) is only a translation between a `config.json` and this. Help text sits on the
 field, each default in exactly one place; nothing here is ever mutated (`dataclasses.replace`).
 """
 
@@ -25,6 +25,7 @@ __all__ = [
     "MLAConfig",
     "MoEConfig",
     "ModelConfig",
+    "RopeConfig",
     "check_types",
     "from_dict",
     "option",
@@ -90,9 +91,12 @@ class MLAConfig:
     nope_dim: int = option(help="part of each query/key head without rotary position")
     rope_dim: int = option(help="part of each query/key head with rotary position, shared by all heads")
     value_dim: int = option(help="width of each value head")
+    norm_eps: float = option(1e-6, help="epsilon of the norms inside the bottlenecks")
+    bias: bool = option(False, help="add biases to the projections into the bottlenecks and to the output one")
 
     def __post_init__(self) -> None:
         check_types(self)
+        require(self.norm_eps > 0, f"MLAConfig.norm_eps is {self.norm_eps}; it must be positive")
         for name in ("kv_rank", "nope_dim", "rope_dim", "value_dim"):
             require(
                 getattr(self, name) > 0, f"MLAConfig.{name} is {getattr(self, name)}; it must be positive"
@@ -106,6 +110,59 @@ class MLAConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RopeConfig:
+    """Rotary frequencies stretched to a longer context than the model was first trained for."""
+
+    kind: Literal["linear", "dynamic", "alpha", "yarn", "llama3", "longrope"] = option(
+        help="linear (2306.15595), dynamic NTK, NTK with a fixed alpha, yarn (2309.00071), llama3, longrope (2402.13753)"
+    )
+    factor: float = option(1.0, help="how many times longer; of 'alpha' the alpha")
+    original_positions: int = option(0, help="longest sequence before stretching, in tokens")
+    beta_fast: float = option(32.0, help="yarn: turns in the original context above which a frequency stays")
+    beta_slow: float = option(1.0, help="yarn: turns below which it is divided by the factor")
+    truncate: bool = option(True, help="yarn: round the edges between the two to whole dimensions")
+    attention_factor: float | None = option(
+        None, help="factor on cosines and sines; none: from the kind's own rule"
+    )
+    mscale: float = option(
+        0.0, help="yarn in DeepSeek: sets that factor together with mscale_all_dim; 0 is unset"
+    )
+    mscale_all_dim: float = option(0.0, help="yarn in DeepSeek: also scales the softmax; 0 is unset")
+    low_freq_factor: float = option(
+        1.0, help="llama3: wavelengths above original / this are divided by the factor"
+    )
+    high_freq_factor: float = option(4.0, help="llama3: wavelengths below original / this stay")
+    short_factor: tuple[float, ...] = option(
+        (), help="longrope: divisor of each frequency up to original_positions"
+    )
+    long_factor: tuple[float, ...] = option((), help="longrope: divisor of each frequency beyond")
+    short_mscale: float = option(
+        0.0, help="longrope in Phi: factor on cosines and sines up to original_positions"
+    )
+    long_mscale: float = option(0.0, help="longrope in Phi: the same beyond")
+    always_short: bool = option(
+        False, help="longrope as transformers computes it for Phi-3.5: short_factor always"
+    )
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        require(self.factor > 0, f"RopeConfig.factor is {self.factor}; it must be positive")
+        needs_original = self.kind in ("yarn", "llama3", "longrope")
+        require(
+            self.original_positions >= (1 if needs_original else 0),
+            f"RopeConfig.original_positions is {self.original_positions}; kind {self.kind!r} needs it",
+        )
+        require(
+            self.kind != "longrope" or bool(self.short_factor and self.long_factor),
+            "RopeConfig of kind 'longrope' needs short_factor and long_factor",
+        )
+        require(
+            self.high_freq_factor >= self.low_freq_factor,  # equal in Llama 4 Scout: nothing is between
+            f"high_freq_factor {self.high_freq_factor} must not be below low_freq_factor {self.low_freq_factor}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class AttentionConfig:
     """Grouped-query attention (arXiv 2305.13245), or latent attention when `mla` is given."""
 
@@ -114,16 +171,36 @@ class AttentionConfig:
     head_dim: int = option(help="width of one head")
     qkv_bias: bool = option(False, help="add a bias to the query, key and value projections")
     out_bias: bool = option(False, help="add a bias to the output projection")
-    qk_norm: Literal["none", "head", "full"] = option(
-        "none", help="RMSNorm on queries and keys before rotation: none, per head, or over the full width"
+    qk_norm: Literal["none", "head", "full", "head_rotated", "l2_rotated"] = option(
+        "none",
+        help="norm of queries and keys: per head or over the full width before rotation, per head after it, or to "
+        "length 1 after it and without weights, in layers that rotate (Llama 4)",
     )
+    clip_qkv: float = option(
+        0.0, help="queries, keys and values are clamped to plus and minus this; 0 is off"
+    )
+    scale: float | None = option(
+        None, help="factor on the scores before the softmax; none is head_dim ** -0.5"
+    )
+    logit_cap: float = option(0.0, help="scores become cap * tanh(score / cap) (Grok); 0 is off")
     sinks: bool = option(False, help="one learnt extra logit per head in the softmax (gpt-oss)")
     window: int | None = option(None, help="sliding window in tokens; none means full attention")
     window_layers: tuple[int, ...] | None = option(
         None, help="layers that use the window; none means all of them when a window is set"
     )
+    chunked: bool = option(False, help="the window is a chunk: tokens see their own chunk only (Llama 4)")
     rope_theta: float = option(10_000.0, help="base of the rotary frequencies (arXiv 2104.09864)")
     rope_fraction: float = option(1.0, help="leading part of each head that is rotated")
+    rope_pairs: Literal["half", "interleaved"] = option(
+        "half", help="which dimensions turn together: i and i + half, or 2 i and 2 i + 1"
+    )
+    rope_layers: tuple[int, ...] | None = option(None, help="layers that rotate; none means all of them")
+    rope: RopeConfig | None = option(None, help="stretched frequencies; none means plain ones")
+    query_scale: float = option(
+        0.0,
+        help="in layers that do not rotate, queries grow by 1 + this * log1p(floor((position + 1) / floor))",
+    )
+    query_scale_floor: int = option(8192, help="that floor, in tokens (Llama 4)")
     mla: MLAConfig | None = option(None, help="latent attention sizes; none means grouped-query attention")
 
     def __post_init__(self) -> None:
@@ -141,6 +218,13 @@ class AttentionConfig:
             "rotary position turns pairs: make it even",
         )
         require(0 <= self.rope_fraction <= 1, f"rope_fraction is {self.rope_fraction}; allowed is 0 to 1")
+        for name in ("clip_qkv", "logit_cap", "query_scale"):
+            require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must not be negative")
+        require(self.scale is None or self.scale > 0, f"scale is {self.scale}; it must be positive or none")
+        require(
+            self.query_scale_floor > 0, f"query_scale_floor is {self.query_scale_floor}; it must be positive"
+        )
+        require(not self.chunked or self.window is not None, "chunked needs a window, in tokens")
         require(self.rope_theta > 0, f"rope_theta is {self.rope_theta}; it must be positive")
         require(
             self.window is None or self.window > 0, f"window is {self.window}; it must be positive or none"
@@ -211,7 +295,12 @@ class MoEConfig:
     router_bias: bool = option(False, help="add a trained bias to the router logits (gpt-oss)")
     shared_d_ff: int = option(0, help="inner width of the always-active shared expert; 0 means none")
     shared_gate: bool = option(False, help="multiply the shared expert's output by a sigmoid gate (Qwen2)")
-    activation: Activation = option("silu", help="activation of the experts")
+    activation: Activation | Literal["clamped_swiglu"] = option(
+        "silu",
+        help="activation of the experts; clamped_swiglu is gpt-oss': (up + 1) * gate * sigmoid(1.702 gate)",
+    )
+    activation_limit: float = option(7.0, help="clamp of clamped_swiglu: gate from above, up on both sides")
+    weigh_input: bool = option(False, help="put the combine weight on the expert's input (Llama 4)")
     gated: bool = option(True, help="gate x up (SwiGLU, GeGLU) instead of a single up projection")
     bias: bool = option(False, help="add biases to the expert projections")
     balance_loss: float = option(0.01, help="coefficient of the load-balancing loss, whose floor is 1")
@@ -332,6 +421,10 @@ class ModelConfig:
     )
     norm_bias: bool = option(False, help="add a bias to the LayerNorms")
     norm_eps: float = option(1e-5, help="epsilon inside the norms")
+    embedding_multiplier: float = option(1.0, help="factor on the token embeddings")
+    residual_multiplier: float = option(1.0, help="factor on what a sublayer adds to the residual stream")
+    logits_multiplier: float = option(1.0, help="factor on the logits")
+    logits_cap: float = option(0.0, help="logits become cap * tanh(logit / cap); 0 is off")
     tied: bool = option(False, help="use the token embedding as output head")
     head_bias: bool = option(False, help="add a bias to the output head")
     max_positions: int = option(2048, help="longest sequence the model is meant for, in tokens")
@@ -341,8 +434,10 @@ class ModelConfig:
         for name in ("vocab_size", "d_model", "layers", "d_ff", "max_positions"):
             require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be positive")
         require(self.norm_eps > 0, f"norm_eps is {self.norm_eps}; it must be positive")
+        require(self.logits_cap >= 0, f"logits_cap is {self.logits_cap}; it must not be negative")
         for name, named in (
             ("dense_layers", self.dense_layers),
+            ("rope_layers", self.attention.rope_layers or ()),
             ("window_layers", self.attention.window_layers or ()),
         ):
             bad = [layer for layer in named if not 0 <= layer < self.layers]
@@ -369,22 +464,76 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderDecoderConfig:
-    """An encoder-decoder with experts, in the layout of T5: known for counting, not for running (arXiv 2101.03961)."""
+    """An encoder-decoder with experts, in the layout of T5 (Switch Transformer, arXiv 2101.03961)."""
 
     vocab_size: int = option(help="entries in the vocabulary (V)")
     d_model: int = option(help="width of the residual stream (D)")
-    layers: int = option(help="blocks of the encoder, and as many of the decoder")
+    layers: int = option(help="blocks of the encoder")
+    decoder_layers: int | None = option(None, help="blocks of the decoder; none means as many")
     heads: int = option(help="heads of each attention")
     head_dim: int = option(help="width of one head")
     moe: MoEConfig = option(help="the MoE feed-forward; dense layers have its width and activation")
-    moe_every: int = option(2, help="every how many blocks one is MoE; 1 means all")
-    tied: bool = option(True, help="use the token embedding as output head")
+    moe_every: int = option(
+        2, help="of every how many encoder blocks the second is MoE; 1 means all, 0 none"
+    )
+    decoder_moe_every: int | None = option(None, help="the same in the decoder; none means as the encoder")
+    expert_capacity: int | None = option(
+        64, help="tokens of one sequence that an expert takes, the first ones; none means any number"
+    )
+    tied: bool = option(
+        True, help="one token embedding for both stacks and the output head, else one for each"
+    )
     position_buckets: int = option(32, help="buckets of the relative position bias, one table in each stack")
+    position_distance: int = option(128, help="distance in tokens from which on all share the last bucket")
+    norm_eps: float = option(1e-6, help="epsilon inside the norms")
+    start_token: int = option(0, help="token that the decoder begins with")
 
     def __post_init__(self) -> None:
         check_types(self)
-        for name in ("vocab_size", "d_model", "layers", "heads", "head_dim", "moe_every", "position_buckets"):
+        for name in ("vocab_size", "d_model", "layers", "heads", "head_dim"):
             require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be positive")
+        for name in ("decoder_layers", "expert_capacity"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"{name} is {value}; it must be positive or none")
+        for name in ("moe_every", "decoder_moe_every"):
+            value = getattr(self, name)
+            require(value is None or value >= 0, f"{name} is {value}; it must be 0 (none) or positive")
+        require(
+            self.position_buckets >= 4,
+            f"position_buckets is {self.position_buckets}; it must be at least 4",
+            "half of the encoder's buckets are for keys before the query, half for those after it",
+        )
+        require(
+            self.position_distance > self.position_buckets // 2,
+            f"position_distance is {self.position_distance}; it must be above half of the "
+            f"{self.position_buckets} position_buckets",
+        )
+        require(self.norm_eps > 0, f"norm_eps is {self.norm_eps}; it must be positive")
+        require(
+            0 <= self.start_token < self.vocab_size,
+            f"start_token is {self.start_token}; the vocabulary is 0 to {self.vocab_size - 1}",
+        )
+
+    @property
+    def decoder_depth(self) -> int:
+        """Blocks of the decoder."""
+        return self.layers if self.decoder_layers is None else self.decoder_layers
+
+    @property
+    def encoder_moe_layers(self) -> tuple[int, ...]:
+        """Encoder blocks with a Mixture-of-Experts feed-forward."""
+        return _every(self.layers, self.moe_every)
+
+    @property
+    def decoder_moe_layers(self) -> tuple[int, ...]:
+        """Decoder blocks with a Mixture-of-Experts feed-forward."""
+        every = self.moe_every if self.decoder_moe_every is None else self.decoder_moe_every
+        return _every(self.decoder_depth, every)
+
+
+def _every(layers: int, step: int) -> tuple[int, ...]:
+    """Layers 1, 1 + step, ...: all of them for step 1, none for step 0."""
+    return tuple(range(0 if step == 1 else 1, layers, step)) if step else ()
 
 
 Architecture = ModelConfig | EncoderDecoderConfig

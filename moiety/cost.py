@@ -212,7 +212,8 @@ def dense_twin(config: ModelConfig) -> ModelConfig:
 
     d_ff = K x F + the shared width, with the experts' gating and activation. A dense model has one width,
     so if `config` keeps dense layers, it is the mean over layers, rounded to the nearest. A dense config is
-    its own twin. What cannot be matched is in `dense_twin_difference`.
+    its own twin. What cannot be matched is in `dense_twin_difference`; experts with clamped_swiglu get the twin
+    silu, the nearest that a dense feed-forward has.
     """
     moe = config.moe
     if moe is None:
@@ -226,7 +227,7 @@ def dense_twin(config: ModelConfig) -> ModelConfig:
         d_ff=max(1, (2 * total + share) // (2 * share)),
         moe=None,
         dense_layers=(),
-        activation=moe.activation,
+        activation="silu" if moe.activation == "clamped_swiglu" else moe.activation,
         gated=moe.gated,
     )
 
@@ -285,9 +286,13 @@ def _attention_vectors(config: ModelConfig) -> int:
     """Biases, norms and sinks of one layer's attention."""
     attention = config.attention
     if attention.mla is not None:
-        return attention.mla.q_rank + attention.mla.kv_rank
+        mla = attention.mla
+        biases = mla.q_rank + mla.kv_rank + mla.rope_dim + config.d_model if mla.bias else 0
+        return mla.q_rank + mla.kv_rank + biases
     query_width, key_width = attention.heads * attention.head_dim, attention.kv_heads * attention.head_dim
-    norms = {"none": 0, "head": 2 * attention.head_dim, "full": query_width + key_width}
+    per_head = 2 * attention.head_dim
+    norms = {"none": 0, "l2_rotated": 0, "head": per_head, "head_rotated": per_head}
+    norms["full"] = query_width + key_width
     return (
         norms[attention.qk_norm]
         + attention.qkv_bias * (query_width + 2 * key_width)
@@ -335,13 +340,14 @@ def _decoder_components(config: ModelConfig) -> dict[str, int]:
 def _encoder_decoder_components(config: EncoderDecoderConfig) -> dict[str, int]:
     """The layout of T5 (arXiv 1910.10683): the decoder has a second, cross attention, each stack a final norm."""
     matrix = config.vocab_size * config.d_model
-    moe_layers = 2 * (config.layers // config.moe_every)
-    dense_layers = 2 * config.layers - moe_layers
+    encoder, decoder = config.layers, config.decoder_depth
+    moe_layers = len(config.encoder_moe_layers) + len(config.decoder_moe_layers)
+    dense_layers = encoder + decoder - moe_layers
     return {
-        "embedding": matrix,
+        "embedding": matrix if config.tied else 2 * matrix,
         "head": 0 if config.tied else matrix,
-        "attention": 3 * config.layers * 4 * config.d_model * config.heads * config.head_dim,
-        "norms": (5 * config.layers + 2) * config.d_model,
+        "attention": (encoder + 2 * decoder) * 4 * config.d_model * config.heads * config.head_dim,
+        "norms": (2 * encoder + 3 * decoder + 2) * config.d_model,
         "dense_feed_forward": dense_layers * _matrices(config.moe.gated) * config.d_model * config.moe.d_ff,
         **_moe_components(config.moe, config.d_model, moe_layers),
         "relative_position": 2 * config.position_buckets * config.heads,

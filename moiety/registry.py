@@ -1,9 +1,9 @@
 """Well-known models by name, as data: `lookup("mixtral-8x7b")`.
 
 Sizes are exact: they give the parameter counts of the published weights (without multi-token-prediction
-layers and vision towers). What has no parameters and no field in `ModelConfig` is not here (rotary scaling,
-logit caps, embedding multipliers, clamped activations, Llama-4's weight on the expert's input), so an entry
-is for counting and planning; to run a model its own `config.json` is read.
+layers and vision towers). What has no parameters is here where it was published in a form that could be checked;
+the frequency tables of Phi-3.5 and the stretching of Llama-4-Scout and Hunyuan are not. So an entry is for counting
+and planning; to run a model its own `config.json` is read.
 """
 
 from __future__ import annotations
@@ -20,10 +20,21 @@ from moiety.config import (
     MLAConfig,
     ModelConfig,
     MoEConfig,
+    RopeConfig,
 )
 from moiety.errors import ConfigError
 
-__all__ = ["NOT_YET", "REGISTRY", "UNDISCLOSED", "Decoder", "Switch", "lookup", "lookup_decoder"]
+__all__ = [
+    "NOT_YET",
+    "REGISTRY",
+    "UNDISCLOSED",
+    "Decoder",
+    "Hybrid",
+    "Report",
+    "Switch",
+    "lookup",
+    "lookup_decoder",
+]
 
 
 @dataclass(frozen=True)
@@ -97,6 +108,25 @@ class Switch:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Hybrid:
+    """An open model with layers that `ModelConfig` cannot describe: where it is, its counts, and what is missing."""
+
+    source: str
+    total: int
+    active: int
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What somebody said in public about a model whose maker did not publish its sizes."""
+
+    said: str
+    by: str
+    date: str  # as exact as it is known: year, month, day
+
+
 def lookup(name: str) -> Architecture:
     """The architecture of a well-known model.
 
@@ -112,10 +142,12 @@ def lookup(name: str) -> Architecture:
         return REGISTRY[key].build()
     if key in UNDISCLOSED:
         raise ConfigError(
-            f"the sizes of {name!r} are undisclosed: {UNDISCLOSED[key]}", hint="name an open model"
+            f"the sizes of {name!r} are undisclosed: {_reported(UNDISCLOSED[key])}", hint="name an open model"
         )
     if key in NOT_YET:
-        raise ConfigError(f"{name!r} cannot be described yet: {NOT_YET[key]}", hint=f"one of {_some_names()}")
+        raise ConfigError(
+            f"{name!r} cannot be described yet: {NOT_YET[key].reason}", hint=f"one of {_some_names()}"
+        )
     close = difflib.get_close_matches(key, [*REGISTRY, *NOT_YET, *UNDISCLOSED], n=1)
     hint = f"did you mean {close[0]!r}?" if close else f"known are {_some_names()}"
     raise ConfigError(f"there is no model {name!r} in the registry", hint=hint)
@@ -136,13 +168,21 @@ def lookup_decoder(name: str) -> ModelConfig:
     return config
 
 
+def _reported(reports: tuple[Report, ...]) -> str:
+    return "; ".join(f"{one.said} ({one.by}, {one.date})" for one in reports)
+
+
 def _some_names() -> str:
     return ", ".join(list(REGISTRY)[:8]) + f", ... ({len(REGISTRY)} in all)"
 
 
-def _latent(q_rank: int = 1536) -> dict[str, Any]:
+def _latent(q_rank: int = 1536, *, factor: float = 40.0, mscale: float = 1.0) -> dict[str, Any]:
+    """Latent attention as in DeepSeek, with YaRN from 4096 positions on."""
     mla = MLAConfig(q_rank=q_rank, kv_rank=512, nope_dim=128, rope_dim=64, value_dim=128)
-    return {"mla": mla}
+    rope = RopeConfig(
+        kind="yarn", original_positions=4096, factor=factor, mscale=mscale, mscale_all_dim=mscale
+    )
+    return {"mla": mla, "rope_pairs": "interleaved", "rope": rope}
 
 
 def _leading(count: int) -> tuple[int, ...]:
@@ -160,19 +200,26 @@ _QWEN3: Mapping[str, Any] = {
     "model": {"norm_eps": 1e-6},
 }
 _GRANITE: Mapping[str, Any] = {
+    "attention": {"scale": 1 / 64},
     "moe": {"balance_loss": 0.001},
-    "model": {"tied": True, "norm_eps": 1e-6},
+    "model": {
+        "tied": True, "norm_eps": 1e-6, "embedding_multiplier": 12.0, "residual_multiplier": 0.22,
+        "logits_multiplier": 1 / 6,
+    },
 }
 _GPT_OSS_ATTENTION: Mapping[str, Any] = {
-    "qkv_bias": True, "out_bias": True, "sinks": True, "window": 128, "rope_theta": 150_000.0
+    "qkv_bias": True, "out_bias": True, "sinks": True, "window": 128, "rope_theta": 150_000.0,
+    "rope": RopeConfig(kind="yarn", factor=32.0, original_positions=4096, truncate=False),
 }
-_GPT_OSS_MOE: Mapping[str, Any] = {"router_bias": True, "bias": True}
-_LLAMA4_MOE: Mapping[str, Any] = {"router": "sigmoid", "renormalize": False, "shared_d_ff": 8192}
-# Llama-4 attends in chunks, which hold at most what a window of the same size holds.
+_GPT_OSS_MOE: Mapping[str, Any] = {"router_bias": True, "bias": True, "activation": "clamped_swiglu"}
+_LLAMA4_MOE: Mapping[str, Any] = {
+    "router": "sigmoid", "renormalize": False, "shared_d_ff": 8192, "weigh_input": True, "balance_loss": 0.001
+}
+# Three layers of four rotate and attend in chunks, the fourth does neither.
+_LLAMA4_ROTATING = tuple(layer for layer in range(48) if layer % 4 != 3)
 _LLAMA4_ATTENTION: Mapping[str, Any] = {
-    "rope_theta": 500_000.0,
-    "window": 8192,
-    "window_layers": tuple(layer for layer in range(48) if layer % 4 != 3),
+    "rope_theta": 500_000.0, "rope_pairs": "interleaved", "rope_layers": _LLAMA4_ROTATING,
+    "window": 8192, "chunked": True, "window_layers": _LLAMA4_ROTATING, "query_scale": 0.1,
 }
 
 # Each model: where it is, its sizes, and what differs from the defaults.
@@ -195,25 +242,33 @@ _ONE_KIND: Mapping[str, Decoder] = {
     "dbrx": Decoder(
         "databricks/dbrx-base",
         (40, 6144, 48, 8, 128, 100352), experts=(16, 4, 10752), positions=32_768,
-        attention={"rope_theta": 500_000.0}, moe={"balance_loss": 0.05}, model={"norm": "layer"},
+        attention={"rope_theta": 500_000.0, "clip_qkv": 8.0}, moe={"balance_loss": 0.05}, model={"norm": "layer"},
     ),
     "phi-3.5-moe": Decoder(
         "microsoft/Phi-3.5-MoE-instruct, arXiv 2409.12136",
         (32, 4096, 32, 8, 128, 32064), experts=(16, 2, 6400), positions=131_072,
-        attention={"qkv_bias": True, "out_bias": True}, moe={"renormalize": False, "balance_loss": 0.0},
+        attention={"qkv_bias": True, "out_bias": True},
+        moe={"router": "sparsemixer", "balance_loss": 0.0},
         model={"norm": "layer", "norm_bias": True, "head_bias": True},
     ),
     "grok-1": Decoder(
         "xai-org/grok-1",
         (64, 6144, 48, 8, 128, 131072), experts=(8, 2, 32768), positions=8192,
-        moe={"renormalize": False, "activation": "gelu"}, model={"tied": True, "norm_place": "both"},
+        attention={"logit_cap": 30.0}, moe={"renormalize": False, "activation": "gelu_tanh"},
+        model={
+            "tied": True, "norm_place": "both", "embedding_multiplier": 78.38367176906169,
+            "logits_multiplier": 0.5773502691896257,
+        },
     ),
+    # Its router's own cap and the factor on the sum of expert and dense outputs have no field.
     "grok-2": Decoder(
         "xai-org/grok-2",
         (64, 8192, 64, 8, 128, 131072), experts=(8, 2, 16384), positions=131_072,
-        attention={"rope_theta": 208_533_496.0},
+        attention={"rope_theta": 208_533_496.0, "logit_cap": 30.0},
         moe={"renormalize": False, "shared_d_ff": 32768, "activation": "gelu_tanh"},
-        model={"norm_place": "both"},
+        model={
+            "norm_place": "both", "embedding_multiplier": 8192**0.5, "logits_multiplier": 0.5, "logits_cap": 50.0,
+        },
     ),
     "olmoe-1b-7b": Decoder(
         "allenai/OLMoE-1B-7B-0924, arXiv 2409.02060",
@@ -247,7 +302,7 @@ _ONE_KIND: Mapping[str, Decoder] = {
     "llama-4-scout": Decoder(
         "meta-llama/Llama-4-Scout-17B-16E, text model",
         (48, 5120, 40, 8, 128, 202048), experts=(16, 1, 8192), positions=10_485_760,
-        attention=_LLAMA4_ATTENTION, moe=_LLAMA4_MOE,
+        attention={**_LLAMA4_ATTENTION, "qk_norm": "l2_rotated"}, moe=_LLAMA4_MOE,
     ),
     "llama-4-maverick": Decoder(
         "meta-llama/Llama-4-Maverick-17B-128E, text model",
@@ -266,13 +321,14 @@ _DEEPSEEK: Mapping[str, Decoder] = {
     "deepseek-v2-lite": Decoder(
         "deepseek-ai/DeepSeek-V2-Lite, arXiv 2405.04434",
         (27, 2048, 16, 16, 192, 102400), experts=(64, 6, 1408), d_ff=10944, positions=163_840,
-        attention=_latent(q_rank=0), moe={"renormalize": False, "shared_d_ff": 2816, "balance_loss": 0.001},
+        attention=_latent(q_rank=0, mscale=0.707),
+        moe={"renormalize": False, "shared_d_ff": 2816, "balance_loss": 0.001},
         model={"dense_layers": _leading(1), "norm_eps": 1e-6},
     ),
     "deepseek-v2": Decoder(
         "deepseek-ai/DeepSeek-V2, arXiv 2405.04434",
         (60, 5120, 128, 128, 192, 102400), experts=(160, 6, 1536), d_ff=12288, positions=163_840,
-        attention=_latent(),
+        attention=_latent(mscale=0.707),
         moe={"renormalize": False, "shared_d_ff": 3072, "groups": 8, "groups_kept": 3, "group_score": "max",
              "scale": 16.0, "balance_loss": 0.003},
         model={"dense_layers": _leading(1), "norm_eps": 1e-6},
@@ -287,7 +343,7 @@ _DEEPSEEK: Mapping[str, Decoder] = {
     "kimi-k2": Decoder(
         "moonshotai/Kimi-K2-Base, arXiv 2507.20534",
         (61, 7168, 64, 64, 192, 163840), experts=(384, 8, 2048), d_ff=18432, positions=131_072,
-        attention={**_latent(), "rope_theta": 50_000.0},
+        attention={**_latent(factor=32.0), "rope_theta": 50_000.0},
         moe={**_SIGMOID_BIAS, "shared_d_ff": 2048, "scale": 2.827},
         model={"dense_layers": _leading(1), "norm_eps": 1e-6},
     ),
@@ -347,20 +403,21 @@ _QWEN: Mapping[str, Decoder] = {
     "ernie-4.5-21b-a3b": Decoder(
         "baidu/ERNIE-4.5-21B-A3B-Base-PT",
         (28, 2560, 20, 4, 128, 103424), experts=(64, 6, 1536), d_ff=12288, positions=131_072,
-        attention={"rope_theta": 500_000.0},
+        attention={"rope_theta": 500_000.0, "rope_pairs": "interleaved"},
         moe={"selection_bias": True, "shared_d_ff": 3072, "balance_loss": 0.001},
         model={"tied": True, "dense_layers": _leading(1)},
     ),
     "ernie-4.5-300b-a47b": Decoder(
         "baidu/ERNIE-4.5-300B-A47B-Base-PT",
         (54, 8192, 64, 8, 128, 103424), experts=(64, 8, 3584), d_ff=28672, positions=131_072,
-        attention={"rope_theta": 500_000.0}, moe={"selection_bias": True, "balance_loss": 0.001},
+        attention={"rope_theta": 500_000.0, "rope_pairs": "interleaved"},
+        moe={"selection_bias": True, "balance_loss": 0.001},
         model={"dense_layers": _leading(3)},
     ),
     "hunyuan-a13b": Decoder(
         "tencent/Hunyuan-A13B-Pretrain",
         (32, 4096, 32, 8, 128, 128167), experts=(64, 8, 3072), positions=32_768,
-        attention={"qk_norm": "head"}, moe={"shared_d_ff": 3072}, model={"tied": True},
+        attention={"qk_norm": "head_rotated"}, moe={"shared_d_ff": 3072}, model={"tied": True},
     ),
 }
 
@@ -413,17 +470,50 @@ _SWITCH: Mapping[str, Switch] = {
 
 REGISTRY: Mapping[str, Decoder | Switch] = {**_ONE_KIND, **_DEEPSEEK, **_QWEN, **_DENSE, **_SWITCH}
 
-NOT_YET: Mapping[str, str] = {
-    "jamba-v0.1": "28 of its 32 layers are Mamba layers",
-    "lfm2-8b-a1b": "18 of its 24 layers are short convolutions",
-    "minimax-text-01": "70 of its 80 layers are linear attention",
-    "qwen3-next-80b-a3b": "36 of its 48 layers are gated delta networks",
+NOT_YET: Mapping[str, Hybrid] = {
+    "jamba-v0.1": Hybrid(
+        source="ai21labs/Jamba-v0.1, arXiv 2403.19887",
+        total=51_570_323_328,
+        active=12_110_311_296,
+        reason="28 of its 32 layers are Mamba layers",
+    ),
+    "lfm2-8b-a1b": Hybrid(
+        source="LiquidAI/LFM2-8B-A1B",
+        total=8_339_930_560,
+        active=1_557_740_992,
+        reason="18 of its 24 layers are short convolutions",
+    ),
+    "minimax-text-01": Hybrid(
+        source="MiniMaxAI/MiniMax-Text-01, arXiv 2501.08313",
+        total=456_089_655_296,
+        active=48_403_306_496,
+        reason="70 of its 80 layers are linear attention",
+    ),
+    "qwen3-next-80b-a3b": Hybrid(
+        source="Qwen/Qwen3-Next-80B-A3B-Instruct",
+        total=79_674_391_296,
+        active=3_874_929_408,
+        reason="36 of its 48 layers are gated delta networks",
+    ),
 }
 
-UNDISCLOSED: Mapping[str, str] = {
-    "gemini-1.5-pro": "its report says a sparse Mixture-of-Experts (arXiv 2403.05530), without sizes",
-    "gpt-4": "its report (arXiv 2303.08774) gives neither size nor architecture, and the rumours contradict each other",
-    "gpt-4-turbo": "OpenAI published neither size nor architecture",
-    "grok-3": "xAI published no parameter counts",
-    "o1-preview": "OpenAI published neither size nor architecture",
+_NOTHING = "gave neither size nor architecture"
+UNDISCLOSED: Mapping[str, tuple[Report, ...]] = {
+    "gemini-1.5-pro": (
+        Report(
+            said="a sparse Mixture-of-Experts, without sizes", by="its report, arXiv 2403.05530", date="2024"
+        ),
+    ),
+    "gpt-4": (
+        Report(said=_NOTHING, by="OpenAI's report, arXiv 2303.08774", date="2023-03"),
+        Report(said="rumour, unconfirmed: 8 x 220B", by="George Hotz, in an interview", date="2023-06"),
+        Report(
+            said="rumour, unconfirmed and at odds with the other: 1.8T in 16 experts, 2 for each token",
+            by="SemiAnalysis",
+            date="2023-07",
+        ),
+    ),
+    "gpt-4-turbo": (Report(said=_NOTHING, by="OpenAI's announcement", date="2023-11"),),
+    "grok-3": (Report(said="gave no parameter counts", by="xAI's announcement", date="2025-02-17"),),
+    "o1-preview": (Report(said=_NOTHING, by="OpenAI's announcement", date="2024-09"),),
 }

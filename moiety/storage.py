@@ -23,7 +23,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 from moiety.errors import FormatError, StorageError
 
@@ -35,7 +35,9 @@ __all__ = [
     "foreign_files",
     "has_manifest",
     "inside",
+    "new_file",
     "new_folder",
+    "parse_json",
     "read_json",
     "remove_folder",
     "set_aside",
@@ -47,7 +49,8 @@ __all__ = [
 MANIFEST = "manifest.json"
 FORMAT = "moiety-folder"
 VERSION = 1
-JSON_BYTES_MAX = 256 << 20  # the index of a model with a hundred thousand expert matrices is a tenth of this
+JSON_BYTES_MAX = 32 << 20  # the index of a model with a hundred thousand expert matrices is half of this
+JSON_MARKS_MAX = 1_000_000  # commas and brackets: what Python makes of one may be a hundred times as large
 TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d+)\.[0-9a-f]{8}\.moiety-(?P<kind>new|old)")
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.EBADF, errno.ENOSYS, errno.EINVAL)
 NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP)
@@ -66,14 +69,21 @@ def write_atomically(path: str | Path, data: bytes) -> None:
     Raises:
         StorageError: the system refused; the previous file is still there.
     """
+    with new_file(path, needed_bytes=len(data)) as file:
+        file.write(data)
+
+
+@contextlib.contextmanager
+def new_file(path: str | Path, *, needed_bytes: int | None = None) -> Iterator[BinaryIO]:
+    """`write_atomically` for a file that is filled piece by piece; `needed_bytes` is for a full disk's message."""
     target = Path(path)
-    with _refusals(target, len(data)):
+    with _refusals(target, needed_bytes):
         target.parent.mkdir(parents=True, exist_ok=True)
         sweep(target.parent)
         temporary, descriptor = _claim(target, folder=False)
         with os.fdopen(descriptor, "wb") as file:
             try:
-                file.write(data)
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
                 os.replace(temporary, target)  # before the lock ends with `file`
@@ -231,10 +241,10 @@ def set_aside(path: str | Path) -> Path:
 
 
 def inside(folder: Path, name: str) -> Path:
-    """The regular file `name` of `folder`, whoever wrote the name.
+    """The regular file `name` of `folder`, whoever wrote the name; in a cache of the hub, also its link to a blob.
 
     Raises:
-        FormatError: the name leads out of the folder or through a link, or there is no such file.
+        FormatError: the name leads out of the folder or through another link, or there is no such file.
     """
     pure = PurePosixPath(name)
     safe = name and "\0" not in name and "\\" not in name and str(pure) == name and not pure.is_absolute()
@@ -254,7 +264,7 @@ def inside(folder: Path, name: str) -> Path:
                 f"cannot read {place}: {error.strerror}", hint="check its permissions"
             ) from error
         wanted = stat.S_ISREG if number == len(pure.parts) else stat.S_ISDIR
-        if not wanted(mode):
+        if not wanted(mode) and not _is_hub_link(place):
             raise FormatError(
                 f"{place} is a {_kind(mode)}; only regular files are read", hint="put the file itself there"
             )
@@ -268,7 +278,21 @@ def read_json(path: Path, *, finite: bool = True) -> dict[str, Any]:
         FormatError: missing, cut, too large, or not such an object.
         StorageError: the system refused to read.
     """
-    return _parse_json(path, _read_text(path), finite=finite)
+    return parse_json(path, _read_text(path), finite=finite)
+
+
+def parse_json(path: Path, text: str, *, finite: bool = True) -> dict[str, Any]:
+    """As `read_json`, of text that was read from `path`."""
+    if sum(map(text.count, ",[{")) > JSON_MARKS_MAX:
+        raise FormatError(f"{path} holds over {JSON_MARKS_MAX:,} values", hint="spread them over more files")
+    constant = _no_constant if finite else None
+    try:
+        loaded = json.loads(text, object_pairs_hook=_no_key_twice, parse_constant=constant)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{path} is not whole JSON: {error}", hint="it was cut or changed") from error
+    if not isinstance(loaded, dict):
+        raise FormatError(f"{path} holds a {type(loaded).__name__}, not an object with named values")
+    return loaded
 
 
 def sweep(parent: Path) -> None:
@@ -513,7 +537,7 @@ def _read_manifest(folder: Path) -> dict[str, FileRecord]:
         raise FormatError(f"{folder} has no {MANIFEST}", hint="it was not finished, or not written by us")
     file = inside(folder, MANIFEST)
     text = _read_text(file)  # once: another process may be replacing the folder
-    loaded = _parse_json(file, text, finite=True)
+    loaded = parse_json(file, text)
     if loaded.get("format") != FORMAT:
         raise FormatError(f"{file} is not a manifest of ours")
     if loaded.get("version") != VERSION:
@@ -545,25 +569,11 @@ def _read_text(path: Path) -> str:
     except OSError as error:
         raise StorageError(f"cannot read {path}: {error.strerror}", hint="check its permissions") from error
     if len(data) > JSON_BYTES_MAX:
-        raise FormatError(
-            f"{path} has more than {JSON_BYTES_MAX:,} bytes", hint="it is not what its name says"
-        )
+        raise FormatError(f"{path} has over {JSON_BYTES_MAX:,} bytes", hint="it is not what its name says")
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise FormatError(f"{path} is not UTF-8: {error.reason} at byte {error.start}") from error
-
-
-def _parse_json(path: Path, text: str, *, finite: bool) -> dict[str, Any]:
-    try:
-        loaded = json.loads(
-            text, object_pairs_hook=_no_key_twice, parse_constant=_no_constant if finite else None
-        )
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path} is not whole JSON: {error}", hint="it was cut or changed") from error
-    if not isinstance(loaded, dict):
-        raise FormatError(f"{path} holds a {type(loaded).__name__}, not an object with named values")
-    return loaded
 
 
 def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -576,6 +586,16 @@ def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not a number")
+
+
+def _is_hub_link(place: Path) -> bool:
+    """True for a link as the hub's cache makes them: `models--*/snapshots/*/NAME` to a file in `models--*/blobs`."""
+    cache = Path(os.path.realpath(place.parent)).parents
+    if not place.is_symlink() or cache[0].name != "snapshots" or not cache[1].name.startswith("models--"):
+        return False
+    target = place.parent / os.readlink(place)
+    in_blobs = os.path.realpath(target.parent) == f"{cache[1]}/blobs"
+    return in_blobs and target.is_file() and not target.is_symlink()
 
 
 def _kind(mode: int) -> str:

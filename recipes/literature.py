@@ -19,7 +19,6 @@ import torch
 
 from moiety import cost
 from moiety.errors import MoietyError
-from moiety.model.loss import cross_entropy
 from moiety.model.transformer import Transformer
 from moiety.observe.stats import specialization_of_sequences
 from moiety.train.compare import Contender, Spread, race, routing_figures
@@ -207,7 +206,7 @@ def reading_ahead(
 def nats(model: Transformer, tokens_BS: torch.Tensor, targets_BS: torch.Tensor) -> float:
     """Summed cross entropy of one batch."""
     output = model(tokens_BS)
-    return cross_entropy(output.hidden, output.head_weight, targets_BS).item()
+    return output.cross_entropy(targets_BS).item()
 
 
 def contenders(arms: Sequence[Arm], seed: int, vocab_size: int) -> list[Contender]:

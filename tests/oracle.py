@@ -97,6 +97,13 @@ def activate(name: str, x: Tensor) -> Tensor:
     return x * (x > 0)
 
 
+def clamped_swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
+    """(up + 1) * gate / (1 + exp(-1.702 gate)), what is beyond the limit replaced by the limit."""
+    gate = torch.where(gate > limit, limit, gate)
+    up = torch.where(up > limit, limit, torch.where(up < -limit, -limit, up))
+    return (up + 1) * gate / (1 + (-1.702 * gate).exp())
+
+
 def one_expert(
     x: Tensor, up: Tensor, down: Tensor, like: ExpertWeights, up_b: object, down_b: object
 ) -> Tensor:
@@ -104,7 +111,10 @@ def one_expert(
     hidden = x @ up.T
     if isinstance(up_b, Tensor):
         hidden = hidden + up_b
-    if like.gated:
+    if like.activation == "clamped_swiglu":
+        gate, up_part = hidden.chunk(2, dim=-1)
+        hidden = clamped_swiglu(gate, up_part, like.activation_limit)
+    elif like.gated:
         gate, hidden = hidden.chunk(2, dim=-1)
         hidden = activate(like.activation, gate) * hidden
     else:
@@ -179,6 +189,7 @@ class Problem:
     activation: str = "silu"
     gated: bool = True
     bias: bool = False
+    activation_limit: float = 7.0
     values: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -208,6 +219,7 @@ class Problem:
             down_bias=leaf.get("down_bias"),
             activation=self.activation,
             gated=self.gated,
+            activation_limit=self.activation_limit,
         )
 
     def solve(

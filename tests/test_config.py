@@ -102,7 +102,7 @@ REFUSED: list[tuple[type[Any], dict[str, Any], str]] = [
     (ModelConfig, {"attention": WINDOWED}, r"window_layers names layers \[3\]"),
     (ModelConfig, {"attention": TWICE}, "window_layers names a layer twice"),
     (ModelConfig, {"attention": {"heads": 4}}, "which is not AttentionConfig"),
-    (EncoderDecoderConfig, {"moe_every": 0}, "moe_every is 0"),
+    (EncoderDecoderConfig, {"moe_every": -1}, "moe_every is -1"),
     (EncoderDecoderConfig, {"heads": 0}, "heads is 0"),
 ]
 

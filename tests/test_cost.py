@@ -363,6 +363,35 @@ def test_counts_are_those_of_our_own_model(name: str) -> None:
     assert (counts.active < counts.total) == (config.moe is not None)
 
 
+MLA = MLAConfig(kv_rank=5, nope_dim=6, rope_dim=4, value_dim=9)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"norm": "layer"},
+        {"norm": "layer", "norm_bias": True, "norm_place": "both"},
+        {"norm_place": "post"},
+        {"head_bias": True},
+        {"head_bias": True, "tied": True},
+        {"attention": {"sinks": True, "qkv_bias": True, "out_bias": True}},
+        {"attention": {"qk_norm": "head_rotated"}},
+        {"attention": {"qk_norm": "l2_rotated", "rope_layers": (0,)}},
+        {"attention": {"qk_norm": "full", "window": 3}, "norm_place": "both"},
+        {"attention": {"mla": MLA}},
+        {"attention": {"mla": dataclasses.replace(MLA, q_rank=7)}, "norm_place": "both"},
+        {"moe": MoEConfig(experts=5, experts_per_token=2, d_ff=16, activation="clamped_swiglu", bias=True)},
+        {"moe": MoEConfig(experts=5, experts_per_token=1, d_ff=16, router="sigmoid", weigh_input=True)},
+    ],
+    ids=str,
+)
+def test_every_option_of_the_decoder_is_counted(changes: dict[str, Any]) -> None:
+    attention = {"heads": 4, "kv_heads": 2, "head_dim": 6, **changes.get("attention", {})}
+    config = config_of(**{**changes, "attention": AttentionConfig(**attention)})
+    assert parameters(config).total == sum(p.numel() for p in Transformer(config).parameters())
+    Transformer(dense_twin(config))
+
+
 @pytest.mark.parametrize(
     "changes",
     [

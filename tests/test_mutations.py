@@ -114,7 +114,7 @@ MUTATIONS = (
     Mutation(
         "wrong rotary layout",
         "model/rope.py",
-        "first, second = x_BHSd[..., :half], x_BHSd[..., half : 2 * half]",
+        "first, second = x_BHSd[..., one], x_BHSd[..., other]",
         "first, second = x_BHSd[..., : 2 * half : 2], x_BHSd[..., 1 : 2 * half : 2]",
         ROPE,
     ),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
+
 import pytest
 
 from moiety.config import EncoderDecoderConfig, ModelConfig, MoEConfig, from_dict, to_dict
@@ -186,6 +189,83 @@ def test_routing_of_some_entries() -> None:
     assert gpt_oss.attention.sinks and gpt_oss.attention.window_layers == tuple(range(0, 24, 2))
     maverick = lookup_decoder("llama-4-maverick")
     assert len(maverick.moe_layers) == 24
+
+
+def test_what_has_no_parameters() -> None:
+    granite = lookup_decoder("granite-3.0-1b-a400m")
+    assert (granite.embedding_multiplier, granite.residual_multiplier) == (12.0, 0.22)
+    assert (granite.attention.scale, granite.logits_multiplier) == (1 / 64, 1 / 6)
+    gpt_oss = lookup_decoder("gpt-oss-120b")
+    assert gpt_oss.moe is not None and gpt_oss.moe.activation == "clamped_swiglu"
+    rope = gpt_oss.attention.rope
+    assert rope is not None and (rope.kind, rope.factor, rope.truncate) == ("yarn", 32.0, False)
+    for name, factor, mscale in (
+        ("deepseek-v2-lite", 40, 0.707), ("deepseek-v3", 40, 1.0), ("kimi-k2", 32, 1.0),
+    ):  # fmt: skip
+        attention = lookup_decoder(name).attention
+        assert attention.rope is not None and attention.rope_pairs == "interleaved"
+        assert (attention.rope.factor, attention.rope.mscale_all_dim) == (factor, mscale)
+    scout, maverick = lookup_decoder("llama-4-scout"), lookup_decoder("llama-4-maverick")
+    assert scout.attention.qk_norm == "l2_rotated" and maverick.attention.qk_norm == "none"
+    for llama in (scout, maverick):
+        assert llama.moe is not None and llama.moe.weigh_input and llama.attention.chunked
+        assert llama.attention.rope_layers == llama.attention.window_layers
+        assert llama.attention.rope_layers is not None and len(llama.attention.rope_layers) == 36
+    grok = lookup_decoder("grok-1")
+    assert grok.attention.logit_cap == 30 and grok.logits_multiplier == pytest.approx(3**-0.5)
+    assert lookup_decoder("dbrx").attention.clip_qkv == 8
+
+
+@pytest.mark.parametrize("name", [name for name in REGISTRY if not name.startswith("switch")])
+def test_the_options_fit_the_model_code(name: str) -> None:
+    """A twin of a few layers and units with every option of the entry can be built and runs."""
+    import torch
+
+    from moiety.model.transformer import Transformer
+
+    big = lookup_decoder(name)
+    layers = 4
+    keep = {
+        field: tuple(layer for layer in getattr(big.attention, field) if layer < layers)
+        for field in ("window_layers", "rope_layers")
+        if getattr(big.attention, field) is not None
+    }
+    mla = big.attention.mla and dataclasses.replace(
+        big.attention.mla,
+        q_rank=min(big.attention.mla.q_rank, 8),
+        kv_rank=8,
+        nope_dim=8,
+        rope_dim=8,
+        value_dim=8,
+    )
+    attention = dataclasses.replace(
+        big.attention, heads=4, kv_heads=4 if mla else 2, head_dim=16, mla=mla, **keep
+    )
+    moe = big.moe and dataclasses.replace(
+        big.moe, experts=16, experts_per_token=min(big.moe.experts_per_token, 2), d_ff=8,
+        shared_d_ff=min(big.moe.shared_d_ff, 8),
+    )  # fmt: skip
+    small = dataclasses.replace(
+        big, vocab_size=31, d_model=24, layers=layers, attention=attention, d_ff=16, moe=moe,
+        dense_layers=tuple(layer for layer in big.dense_layers if layer < layers - 1),
+    )  # fmt: skip
+    torch.manual_seed(0)
+    with torch.no_grad():
+        hidden = Transformer(small).eval()(torch.randint(0, 31, (1, 7))).hidden
+    assert hidden.shape == (1, 7, 24) and hidden.isfinite().all()
+
+
+@pytest.mark.parametrize("name", NOT_YET)
+def test_hybrids_have_counts_and_a_source(name: str) -> None:
+    entry = NOT_YET[name]
+    assert "/" in entry.source and 0 < entry.active < entry.total
+
+
+@pytest.mark.parametrize("name", UNDISCLOSED)
+def test_reports_are_dated(name: str) -> None:
+    for report in UNDISCLOSED[name]:
+        assert report.said and report.by and re.fullmatch(r"20\d\d(-\d\d){0,2}", report.date)
+        assert not re.search(r"\d", report.said) or "rumour, unconfirmed" in report.said
 
 
 def test_lookup_ignores_case_and_outer_spaces() -> None:

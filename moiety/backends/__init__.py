@@ -13,11 +13,20 @@ from typing import NamedTuple, Protocol, cast
 import torch
 from torch import Tensor
 
-from moiety.backends.weights import ExpertWeights, activation
+from moiety.backends.weights import ExpertWeights, activation, check_activation
 from moiety.errors import ConfigError
 from moiety.routing import Routing
 
-__all__ = ["BACKENDS", "Backend", "Choice", "ExpertWeights", "activation", "choose", "get"]
+__all__ = [
+    "BACKENDS",
+    "Backend",
+    "Choice",
+    "ExpertWeights",
+    "activation",
+    "check_activation",
+    "choose",
+    "get",
+]
 
 BACKENDS = {
     "reference": "moiety.backends.reference",

@@ -28,7 +28,13 @@ from moiety.backends.matmul import (
     multiply_rows_into,
     prefers_onednn,
 )
-from moiety.backends.weights import ExpertWeights, activation
+from moiety.backends.weights import (
+    CLAMPED,
+    ExpertWeights,
+    activation,
+    clamped_swiglu,
+    clamped_swiglu_backward,
+)
 from moiety.routing import Routing
 
 __all__ = ["expert_mlp", "grouped_linear"]
@@ -195,7 +201,7 @@ class _ExpertMLP(torch.autograd.Function):
         routing: Routing,
         weights: ExpertWeights,
     ) -> Tensor:
-        act, plan = activation(weights.activation), _Plan(x_TD, routing, weights)
+        plan = _Plan(x_TD, routing, weights)
         single = len(plan.chunks) == 1  # then the products themselves are the whole
         pre_NF = x_TD.new_empty(0 if single else plan.pairs, up.shape[1])
         y_ND = x_TD.new_empty(0 if single else plan.rows, down.shape[1])
@@ -209,10 +215,7 @@ class _ExpertMLP(torch.autograd.Function):
             pre = multiply.forward(x_ND, up, pre_NF[rows] if direct else None)
             if up_bias is not None and expert_N is not None:
                 pre += up_bias.index_select(0, expert_N[rows])
-            if weights.gated:
-                hidden = act.forward(pre[:, : weights.d_ff]).mul_(pre[:, weights.d_ff :])
-            else:
-                hidden = act.forward(pre)
+            hidden = _activation_forward(weights, pre)
             y = multiply.forward(hidden, down, None if single else y_ND[rows])
             if down_bias is not None and expert_N is not None:
                 y += down_bias.index_select(0, expert_N[rows])
@@ -270,13 +273,26 @@ class _ExpertMLP(torch.autograd.Function):
         return grad_x, grad_weight, grad_up, grad_down, grad_up_bias, grad_down_bias, None, None
 
 
+def _activation_forward(weights: ExpertWeights, pre: Tensor) -> Tensor:
+    """The hidden rows of a pre-activation."""
+    if weights.activation == CLAMPED:
+        return clamped_swiglu(pre[:, : weights.d_ff], pre[:, weights.d_ff :], weights.activation_limit)
+    act = activation(weights.activation)
+    if weights.gated:
+        return act.forward(pre[:, : weights.d_ff]).mul_(pre[:, weights.d_ff :])
+    return act.forward(pre)
+
+
 def _activation_backward(
     weights: ExpertWeights, pre: Tensor, grad_hidden: Tensor, weight: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The hidden rows again, and the gradient of the pre-activation (`grad_hidden` is still unweighted)."""
-    act = activation(weights.activation)
     grad_pre = torch.empty_like(pre)
     weighted = grad_hidden * weight
+    if weights.activation == CLAMPED:
+        (gate, up), (to_gate, to_up) = pre.chunk(2, dim=-1), grad_pre.chunk(2, dim=-1)
+        return clamped_swiglu_backward(weighted, gate, up, weights.activation_limit, to_gate, to_up), grad_pre
+    act = activation(weights.activation)
     if not weights.gated:
         act.backward(weighted, pre, grad_pre)
         return act.forward(pre), grad_pre

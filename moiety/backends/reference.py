@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from moiety.backends.weights import ExpertWeights, activation
+from moiety.backends.weights import CLAMPED, ExpertWeights, activation, clamped_swiglu
 from moiety.routing import Routing
 
 __all__ = ["expert_mlp", "grouped_linear"]
@@ -50,12 +50,14 @@ def expert_mlp(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor
     Returns:
         y_TD, (T, D); zero for a token without a pair.
     """
-    act = activation(weights.activation)
     up_NF = grouped_linear(routing.gather(x_TD), weights.up, routing.counts_E, weights.up_bias)
-    if weights.gated:
+    if weights.activation == CLAMPED:
         gate_NF, up_NF = up_NF.chunk(2, dim=-1)
-        hidden_NF = act.forward(gate_NF) * up_NF
+        hidden_NF = clamped_swiglu(gate_NF, up_NF, weights.activation_limit)
+    elif weights.gated:
+        gate_NF, up_NF = up_NF.chunk(2, dim=-1)
+        hidden_NF = activation(weights.activation).forward(gate_NF) * up_NF
     else:
-        hidden_NF = act.forward(up_NF)
+        hidden_NF = activation(weights.activation).forward(up_NF)
     y_ND = grouped_linear(hidden_NF, weights.down, routing.counts_E, weights.down_bias)
     return routing.combine(y_ND)

@@ -12,7 +12,19 @@ from torch import Tensor
 
 from moiety.errors import ConfigError
 
-__all__ = ["ACTIVATIONS", "Activation", "ExpertWeights", "activation"]
+__all__ = [
+    "ACTIVATIONS",
+    "CLAMPED",
+    "Activation",
+    "ExpertWeights",
+    "activation",
+    "check_activation",
+    "clamped_swiglu",
+    "clamped_swiglu_backward",
+]
+
+CLAMPED = "clamped_swiglu"  # of gate and up together, so not among ACTIVATIONS
+STEEPNESS = 1.702  # of its sigmoid, which makes x * sigmoid(1.702 x) nearly gelu
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -24,8 +36,9 @@ class ExpertWeights:
         down: (E, D, F).
         up_bias: (E, 2F) or (E, F), or None.
         down_bias: (E, D), or None.
-        activation: A name in `ACTIVATIONS`.
+        activation: A name in `ACTIVATIONS`, or `CLAMPED`, which is always gated.
         gated: True for act(gate) * up, False for act(up).
+        activation_limit: Of `CLAMPED`: gate is clamped from above to it, up on both sides.
     """
 
     up: Tensor
@@ -34,6 +47,7 @@ class ExpertWeights:
     down_bias: Tensor | None = None
     activation: str = "silu"
     gated: bool = True
+    activation_limit: float = 7.0
 
     @property
     def d_ff(self) -> int:
@@ -85,3 +99,35 @@ def activation(name: str) -> Activation:
     if name not in ACTIVATIONS:
         raise ConfigError(f"there is no activation {name!r}", hint=f"there are {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[name]
+
+
+def check_activation(name: str, gated: bool) -> None:
+    """Refuse an activation that there is not.
+
+    Raises:
+        ConfigError: no such activation, or `CLAMPED` without a gate.
+    """
+    if name != CLAMPED:
+        activation(name)
+    elif not gated:
+        raise ConfigError(f"{CLAMPED} is of gate and up together, but gated is false", hint="set gated")
+
+
+def clamped_swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
+    """(up + 1) * gate * sigmoid(1.702 gate), gate clamped to at most `limit` and up to plus and minus it (gpt-oss)."""
+    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return (up + 1) * (gate * torch.sigmoid(STEEPNESS * gate))
+
+
+def clamped_swiglu_backward(
+    grad: Tensor, gate: Tensor, up: Tensor, limit: float, out_gate: Tensor, out_up: Tensor
+) -> Tensor:
+    """The activation again, and its derivatives times `grad`, written to `out_gate` and `out_up`. No gradient."""
+    inside_gate, inside_up = gate <= limit, up.abs() <= limit
+    gate, up1 = gate.clamp(max=limit), up.clamp(-limit, limit).add_(1)
+    sigmoid = torch.sigmoid(STEEPNESS * gate)
+    swish = gate * sigmoid
+    slope = (swish * STEEPNESS).mul_(1 - sigmoid).add_(sigmoid)
+    torch.mul(grad, swish, out=out_up).mul_(inside_up)
+    torch.mul(grad, slope, out=out_gate).mul_(up1).mul_(inside_gate)
+    return swish.mul_(up1)

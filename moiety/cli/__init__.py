@@ -20,11 +20,15 @@ COMMANDS = {
     "compare": "train an MoE against its dense twin, or router against router, over several seeds",
     "evaluate": "score text with a trained model, also with other numbers of experts per token",
     "generate": "continue a prompt with a trained model",
-    "chat": "talk to a trained model, line by line",
+    "chat": "talk to a model, line by line",
     "trace": "show which experts each token of a prompt went to, and why",
     "gradients": "check that every router and expert of a model gets a gradient",
     "routers": "list the routers there are, or explain one",
     "params": "count parameters, FLOPs and bytes of a known model or a checkpoint",
+    "models": "list the well-known models: exact counts, and what was said about closed ones",
+    "convert": "write a model in another format: the layout of transformers, or GGUF",
+    "pull": "fetch a model of the Hugging Face hub into its cache",
+    "ls": "list the models on this machine",
     "doctor": "say what this machine offers, which parts are used, and what is missing",
 }
 

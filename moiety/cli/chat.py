@@ -1,4 +1,4 @@
-"""`moiety chat`: a conversation as plain text, for models that were never taught a chat format."""
+"""`moiety chat`: a conversation in the model's own format; as plain text with one that was never taught any."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from moiety.infer.options import SamplingOptions
 
 __all__ = ["app"]
 
-app = command("moiety chat", "Talk to a trained model, line by line; an empty line or Ctrl-D ends.")
+app = command("moiety chat", "Talk to a model, line by line; an empty line or Ctrl-D ends.")
 
 
 @app.default
@@ -21,44 +21,34 @@ def chat(
     path: str,
     /,
     *,
+    system: Annotated[str, Parameter(help="what the model is told first, if it was taught to chat")] = "",
     max_tokens: Annotated[int, Parameter(help="most tokens in an answer")] = 80,
     sampling: Annotated[SamplingOptions, Parameter(name="*")] = SamplingOptions(),
     backend: Annotated[str, Parameter(help="who multiplies the experts")] = "auto",
     experts_per_token: Annotated[int, Parameter(help="use this many; 0 is the model's own number")] = 0,
     router: Annotated[str, Parameter(help="import this module:Class, which the model's config names")] = "",
 ) -> int:
-    """Each line you type is continued; an answer ends with its line.
+    """Each line you type is answered; a model without a chat template continues it to the line's end.
 
     Parameters
     ----------
     path
-        A checkpoint folder, or a run folder, whose newest checkpoint is taken.
+        A checkpoint or run folder, a .gguf file, or owner/name on the hub.
     """
-    from moiety.infer.generate import generate
+    from moiety.infer.conversation import Conversation
     from moiety.infer.open import open_model
 
     import_own_routers(router)
     opened = open_model(path, backend=backend, experts_per_token=experts_per_token)
-    console, tokenizer = talk(), opened.tokenizer
-    console.print("an empty line ends; the model continues text, it was not taught to answer")
-    transcript = ""
+    conversation = Conversation(opened, system=system, max_tokens=max_tokens, sampling=sampling)
+    console = talk()
+    about = "" if conversation.has_format else "; the model continues text, it was not taught to answer"
+    console.print(f"an empty line ends{about}")
     while line := _ask(console.is_terminal):
-        transcript += line + "\n"
-        room = max(opened.model.config.max_positions - max_tokens, 1)
-        ids = tokenizer.encode(transcript)[-room:]
-        answer = ""
-        stream = generate(
-            opened.model, ids, max_tokens=max_tokens, sampling=sampling, end_id=tokenizer.end_id
-        )
-        for piece in tokenizer.stream(stream):
-            line_end = piece.find("\n") if answer.strip() or piece.strip() else -1
-            sys.stdout.write(piece if line_end < 0 else piece[:line_end])
+        for piece in conversation.answer(line):
+            sys.stdout.write(piece)
             sys.stdout.flush()
-            answer += piece
-            if line_end >= 0:
-                break
         print()
-        transcript += answer.rstrip("\n") + "\n"
     return 0
 
 

@@ -1,54 +1,56 @@
-"""`moiety params`: what a model weighs, from the registry or a checkpoint's config alone."""
+"""`moiety params`: what a model weighs, from the registry or from its config alone."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
+import shutil
+import textwrap
+from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from moiety import cost, registry
+from moiety import cost
+from moiety.cli.named import config_named, why_so_many
 from moiety.cli.output import command, parameter_rows, print_json, print_table
-from moiety.config import Architecture, ModelConfig
+from moiety.config import ModelConfig
 
 __all__ = ["app"]
 
-app = command("moiety params", "Count parameters, FLOPs and bytes of a known model or a checkpoint folder.")
+app = command(
+    "moiety params", "Count parameters, FLOPs and bytes of a known model, a checkpoint or a GGUF file."
+)
 
-
-def _config(name: str) -> Architecture:
-    if Path(name).is_dir():
-        from moiety.model.checkpoint import load_config
-
-        return load_config(name)
-    return registry.lookup(name)
+# The three conventions of "active parameters" in use, and who counts so.
+CONVENTIONS = (
+    ("active", "active per token", "Mixtral, Qwen, OLMoE"),
+    ("active_without_input_embedding", "  without input embedding", "gpt-oss, DeepSeek-V3"),
+    ("active_without_embeddings", "  without both embeddings", "MiniMax"),
+)
 
 
 @app.default
 def params(name: str, /, *, json: Annotated[bool, Parameter(negative="", help="print JSON")] = False) -> int:
-    """Count one model.
+    """Count one model; no weights are read.
 
     Parameters
     ----------
     name
-        A registry name such as mixtral-8x7b, or a folder with a config.json.
+        A name that `moiety models` lists, a folder or config.json, a .gguf file, or owner/name on the hub.
     """
-    config = _config(name)
+    config = config_named(name)
     counts = cost.parameters(config)
     gigabytes = {
         label: cost.weight_bytes(config, bits) / 1e9
         for label, bits in (("bf16", 16), ("8bit", 8), ("4bit", 4))
     }
-    result = {
+    result: dict[str, Any] = {
         "name": name,
         "total": counts.total,
-        "active": counts.active,
-        "active_without_input_embedding": counts.active_without_input_embedding,
-        "active_without_embeddings": counts.active_without_embeddings,
+        **{key: getattr(counts, key) for key, _, _ in CONVENTIONS},
         "active_percent": round(100 * counts.active / counts.total, 2),
         "components": dict(counts.components),
         "active_components": dict(counts.active_components),
         "weight_gigabytes": {label: round(size, 3) for label, size in gigabytes.items()},
+        "why": why_so_many(name, config),
     }
     if isinstance(config, ModelConfig):
         result["flops_per_token"] = cost.flops_per_token(config).total
@@ -58,15 +60,22 @@ def params(name: str, /, *, json: Annotated[bool, Parameter(negative="", help="p
         return 0
     rows = parameter_rows(counts.components, counts.active_components)
     print_table(f"{name}: {counts.total:,} parameters", ["component", "total", "share", "active"], rows)
-    print(
-        f"active per token            {counts.active:,} ({100 * counts.active / counts.total:.2f} % of total)"
-    )
-    print(f"  without input embedding   {counts.active_without_input_embedding:,}")
-    print(f"  without both embeddings   {counts.active_without_embeddings:,}")
-    print(
-        "weights                     "
-        + ", ".join(f"{label} {size:,.2f} GB" for label, size in gigabytes.items())
-    )
+    for key, label, users in CONVENTIONS:
+        percent = f"{100 * result[key] / counts.total:.2f} % of total, " if key == "active" else ""
+        _line(label, f"{result[key]:,} ({percent}as {users} count)")
+    _line("weights", ", ".join(f"{label} {size:,.2f} GB" for label, size in gigabytes.items()))
     if "kv_bytes_per_token" in result:
-        print(f"KV cache                    {result['kv_bytes_per_token']:,} bytes per token in bf16")
+        _line("KV cache", f"{result['kv_bytes_per_token']:,} bytes per token in bf16")
+    if result["why"]:
+        print()
+        print(textwrap.fill(result["why"], shutil.get_terminal_size().columns))
     return 0
+
+
+def _line(label: str, text: str) -> None:
+    """A label and its value; on a narrow terminal one below the other's start."""
+    width = shutil.get_terminal_size().columns
+    if width >= 60:
+        print(textwrap.fill(f"{label:<28}{text}", width, subsequent_indent=" " * 28))
+    else:
+        print(textwrap.fill(f"{label.strip()}: {text}", width, subsequent_indent="  "))

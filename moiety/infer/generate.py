@@ -57,8 +57,7 @@ def _tokens(
     fresh = torch.tensor([list(prompt)], device=weight.device)
     for _ in range(max_tokens):
         output = model(fresh, cache=cache)
-        logits_BV = torch.nn.functional.linear(output.hidden[:, -1], output.head_weight)
-        token = int(sample(logits_BV, sampling, generator))
+        token = int(sample(output.last_logits, sampling, generator))
         yield token
         if token == end_id:
             return

@@ -1,12 +1,15 @@
-"""A model and its tokenizer from one path: a checkpoint folder, or a run folder's newest checkpoint."""
+"""A model and its tokenizer from one name: a checkpoint, a run's newest one, a GGUF file, or a model of the hub."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import NamedTuple
 
-from moiety.errors import ConfigError, UsageError
+from moiety import storage
+from moiety.errors import ConfigError, FormatError, UsageError
+from moiety.model import hub
 from moiety.model.checkpoint import load
+from moiety.model.convert import read_tokenizer
 from moiety.model.tokenizer import Tokenizer
 from moiety.model.transformer import Transformer
 from moiety.moe.layer import MoE
@@ -16,28 +19,33 @@ __all__ = ["Opened", "find_checkpoint", "open_model", "set_experts_per_token"]
 
 
 class Opened(NamedTuple):
-    """What can be generated from."""
+    """What can be generated from; any of the tokens `ends` ends an answer."""
 
     model: Transformer
     tokenizer: Tokenizer
     path: Path
+    ends: frozenset[int]
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """The checkpoint folder that a path means.
+    """The checkpoint folder or GGUF file that a path means; a model of the hub is fetched.
 
     Raises:
-        UsageError: there is neither a checkpoint nor a run with one.
+        UsageError: there is neither a checkpoint nor a run with one, or the hub has no such model.
+        StorageError: the hub cannot be reached.
     """
     folder = Path(path)
-    if (folder / "config.json").is_file():
+    if (folder / "config.json").is_file() or (folder.suffix == ".gguf" and folder.is_file()):
         return folder
+    if hub.is_hub_name(path):
+        return hub.resolve(path)
     steps = sorted((folder / "checkpoints").glob("step-*")) if (folder / "checkpoints").is_dir() else []
     whole = [step for step in steps if (step / "manifest.json").is_file()]
     if not whole:
         raise UsageError(
             f"{folder} is neither a checkpoint (no config.json) nor a run with one (no checkpoints/step-*)",
-            hint="give the folder that training wrote, such as runs/demo/moe; `make demo` makes one",
+            hint="give a folder that training wrote, such as runs/demo/moe (`make demo` makes one), a .gguf file, "
+            "or owner/name on the hub",
         )
     return whole[-1]
 
@@ -61,7 +69,7 @@ def open_model(path: str | Path, *, backend: str = "auto", experts_per_token: in
     """Load a model and the tokenizer beside it, ready to generate.
 
     Args:
-        path: A checkpoint or run folder.
+        path: A checkpoint or run folder, a GGUF file, or `owner/name` on the hub.
         backend: Who multiplies the experts.
         experts_per_token: Use this many instead of the model's own; 0 keeps its own.
 
@@ -74,4 +82,17 @@ def open_model(path: str | Path, *, backend: str = "auto", experts_per_token: in
     model = load(folder, backend=backend)
     if experts_per_token:
         set_experts_per_token(model, experts_per_token)
-    return Opened(model.eval(), Tokenizer.load(folder), folder)
+    tokenizer = read_tokenizer(folder)
+    return Opened(model.eval(), tokenizer, folder, frozenset({tokenizer.end_id}) | _named_ends(folder))
+
+
+def _named_ends(folder: Path) -> frozenset[int]:
+    """The tokens that `generation_config.json` ends an answer at: one, or several."""
+    if not (folder / "generation_config.json").is_file():
+        return frozenset()
+    file = storage.inside(folder, "generation_config.json")
+    named = storage.read_json(file).get("eos_token_id")
+    named = named if isinstance(named, list) else [] if named is None else [named]
+    if not all(isinstance(token, int) and not isinstance(token, bool) for token in named):
+        raise FormatError(f"{file} has eos_token_id {named!r:.80}; allowed is a token or a list of them")
+    return frozenset(named)

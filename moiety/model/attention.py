@@ -1,4 +1,4 @@
-"""Grouped-query attention (arXiv 2305.13245) on torch's scaled dot product."""
+"""Grouped-query attention (arXiv 2305.13245): who looks at whom, and how the scores become weights."""
 
 from __future__ import annotations
 
@@ -8,68 +8,178 @@ from torch import Tensor, nn
 
 from moiety.backends.matmul import linear
 from moiety.config import AttentionConfig
-from moiety.model.context import ForwardContext
-from moiety.model.norm import RMSNorm
+from moiety.model.context import ForwardContext, Visible
+from moiety.model.norm import RMSNorm, unit_length
 from moiety.model.rope import rotate
 
-__all__ = ["Attention"]
+__all__ = ["Attention", "Layer", "attend", "scaled_queries"]
+
+
+class Layer:
+    """What one layer's place in the model makes of the options: does it rotate, does it have a window.
+
+    Args:
+        config: Sizes and options.
+        layer: Which block this is.
+    """
+
+    def __init__(self, config: AttentionConfig, layer: int) -> None:
+        self.number = layer
+        self.rotates = config.rope_layers is None or layer in config.rope_layers
+        self.windowed = config.window is not None and (
+            config.window_layers is None or layer in config.window_layers
+        )
+        self.interleaved = config.rope_pairs == "interleaved"
+        self.query_scale = 0.0 if self.rotates else config.query_scale
+        self.query_scale_floor = config.query_scale_floor
+
+    def rotated(self, x_BHSd: Tensor, context: ForwardContext) -> Tensor:
+        """Queries or keys turned by their position, in a layer that rotates."""
+        if not self.rotates:
+            return x_BHSd
+        return rotate(x_BHSd, context.rotary, interleaved=self.interleaved)
+
+    def visible(self, context: ForwardContext) -> Visible:
+        """Which keys the new tokens see here."""
+        return context.window if self.windowed else context.everything
+
+
+def scaled_queries(q_BHSd: Tensor, layer: Layer, context: ForwardContext) -> Tensor:
+    """Queries that grow with their position, in layers that do not rotate (arXiv 2501.19399)."""
+    if layer.query_scale == 0:
+        return q_BHSd
+    wide = torch.promote_types(q_BHSd.dtype, torch.float32)
+    steps_S = ((context.positions_S.to(wide) + 1) / layer.query_scale_floor).floor()
+    factor_S1 = (1 + layer.query_scale * steps_S.log1p())[:, None]
+    return (q_BHSd * factor_S1).to(q_BHSd.dtype)
+
+
+def attend(
+    q_BHSd: Tensor,
+    k_BHKd: Tensor,
+    v_BHKd: Tensor,
+    seen: Visible,
+    *,
+    scale: float | None = None,
+    cap: float = 0.0,
+    sinks_H: Tensor | None = None,
+) -> Tensor:
+    """Weighted values of every query, (B, H, S, width of a value).
+
+    Args:
+        q_BHSd: Queries, of the newest positions.
+        k_BHKd: Keys of all positions, each serving an equal group of query heads.
+        v_BHKd: Values, as many heads as the keys.
+        seen: Which keys each query sees.
+        scale: Factor on the scores; None is d ** -0.5.
+        cap: Scores become cap * tanh(score / cap); 0 is off.
+        sinks_H: An extra logit of each query head, which takes its share of the softmax and has no value.
+    """
+    if seen.first:
+        k_BHKd, v_BHKd = k_BHKd[:, :, seen.first :], v_BHKd[:, :, seen.first :]
+    k_BHKd, v_BHKd = k_BHKd.to(q_BHSd.dtype), v_BHKd.to(q_BHSd.dtype)
+    if cap or sinks_H is not None:
+        return _attend_by_hand(q_BHSd, k_BHKd, v_BHKd, seen.mask_SK, scale=scale, cap=cap, sinks_H=sinks_H)
+    return F.scaled_dot_product_attention(
+        q_BHSd,
+        k_BHKd,
+        v_BHKd,
+        attn_mask=seen.mask_SK,
+        is_causal=seen.mask_SK is None and q_BHSd.shape[2] > 1,
+        scale=scale,
+        enable_gqa=q_BHSd.shape[1] != k_BHKd.shape[1],
+    )
+
+
+def _attend_by_hand(
+    q_BHSd: Tensor,
+    k_BHKd: Tensor,
+    v_BHKd: Tensor,
+    mask_SK: Tensor | None,
+    *,
+    scale: float | None,
+    cap: float,
+    sinks_H: Tensor | None,
+) -> Tensor:
+    """What torch's fused attention does not have: capped scores and sinks. The softmax is float32 at least."""
+    heads, kv_heads, positions = q_BHSd.shape[1], k_BHKd.shape[1], q_BHSd.shape[2]
+    group, wide = heads // kv_heads, torch.promote_types(q_BHSd.dtype, torch.float32)
+    rows_BGRd = q_BHSd.unflatten(1, (kv_heads, group)).flatten(2, 3)  # a group's queries meet the same keys
+    score_BHSK = (rows_BGRd @ k_BHKd.transpose(-1, -2)).unflatten(2, (group, positions)).flatten(1, 2)
+    score_BHSK = score_BHSK.to(wide) * (q_BHSd.shape[-1] ** -0.5 if scale is None else scale)
+    if cap:
+        score_BHSK = cap * (score_BHSK / cap).tanh()
+    if mask_SK is None and positions > 1:
+        mask_SK = score_BHSK.new_ones(score_BHSK.shape[-2:], dtype=torch.bool).tril()
+    if mask_SK is not None:
+        score_BHSK = score_BHSK.masked_fill(~mask_SK, float("-inf"))
+    if sinks_H is None:
+        share_BHSK = score_BHSK.softmax(-1)
+    else:
+        sink_BHS1 = sinks_H.to(wide)[:, None, None].expand(len(q_BHSd), -1, positions, 1)
+        share_BHSK = torch.cat([score_BHSK, sink_BHS1], dim=-1).softmax(-1)[..., :-1]
+    rows_BGRK = share_BHSK.to(v_BHKd.dtype).unflatten(1, (kv_heads, group)).flatten(2, 3)
+    y_BHSd: Tensor = (rows_BGRK @ v_BHKd).unflatten(2, (group, positions)).flatten(1, 2)
+    return y_BHSd
 
 
 class Attention(nn.Module):
     """Queries share key/value heads in equal groups; rotary positions; causal.
 
-    Parameters: `qkv.weight` ((H + 2 KV) * head_dim, D), query rows first; `out.weight` (D, H * head_dim).
+    Parameters: `qkv.weight` ((H + 2 KV) * head_dim, D), query rows first; `out.weight` (D, H * head_dim); with
+    norms of queries and keys `q_norm.weight` and `k_norm.weight`; with sinks `sinks` (H,).
 
     Args:
         config: Sizes and options.
         d_model: Width D.
-        layer: Which block this is, for the cache.
+        layer: Which block this is, for the cache and for options of some layers only.
         norm_eps: Epsilon of the query and key norms, where there are any.
     """
+
+    sinks: nn.Parameter | None
 
     def __init__(self, config: AttentionConfig, d_model: int, layer: int, norm_eps: float) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
-        self.layer, self.norm_per_head = layer, config.qk_norm == "head"
-        width = (self.heads + 2 * self.kv_heads) * self.head_dim
-        self.qkv = nn.Linear(d_model, width, bias=config.qkv_bias)
-        self.out = nn.Linear(self.heads * self.head_dim, d_model, bias=config.out_bias)
-        q_width, k_width = self.head_dim, self.head_dim
-        if not self.norm_per_head:
-            q_width, k_width = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        normed = config.qk_norm != "none"
-        self.q_norm = RMSNorm(q_width, norm_eps) if normed else None
-        self.k_norm = RMSNorm(k_width, norm_eps) if normed else None
+        self.layer, self.norm, self.norm_eps = Layer(config, layer), config.qk_norm, norm_eps
+        self.clip, self.scale, self.cap = config.clip_qkv, config.scale, config.logit_cap
+        q_width, k_width = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        self.qkv = nn.Linear(d_model, q_width + 2 * k_width, bias=config.qkv_bias)
+        self.out = nn.Linear(q_width, d_model, bias=config.out_bias)
+        if self.norm != "full":
+            q_width, k_width = self.head_dim, self.head_dim
+        weighted = self.norm in ("head", "full", "head_rotated")
+        self.q_norm = RMSNorm(q_width, norm_eps) if weighted else None
+        self.k_norm = RMSNorm(k_width, norm_eps) if weighted else None
+        self.register_parameter("sinks", nn.Parameter(torch.zeros(self.heads)) if config.sinks else None)
 
-    def _heads(self, x_BSD: Tensor, heads: int, norm: nn.Module | None) -> Tensor:
-        """Split into heads, normalised before or after the split: (B, H, S, head_dim)."""
-        if norm is not None and not self.norm_per_head:
+    def _heads(self, x_BSD: Tensor, heads: int, norm: nn.Module | None, context: ForwardContext) -> Tensor:
+        """Queries or keys, split into heads, normalised and turned: (B, H, S, head_dim)."""
+        if norm is not None and self.norm == "full":
             x_BSD = norm(x_BSD)
-        x_BSHd: Tensor = x_BSD.unflatten(-1, (heads, self.head_dim))
-        if norm is not None and self.norm_per_head:
+        x_BSHd: Tensor = self._clipped(x_BSD).unflatten(-1, (heads, self.head_dim))
+        if norm is not None and self.norm == "head":
             x_BSHd = norm(x_BSHd)
-        return x_BSHd.transpose(1, 2)
+        x_BHSd = self.layer.rotated(x_BSHd.transpose(1, 2), context)
+        if norm is not None and self.norm == "head_rotated":
+            x_BHSd = norm(x_BHSd)
+        if self.norm == "l2_rotated" and self.layer.rotates:
+            x_BHSd = unit_length(x_BHSd, self.norm_eps)
+        return x_BHSd
+
+    def _clipped(self, x: Tensor) -> Tensor:
+        return x.clamp(-self.clip, self.clip) if self.clip else x
 
     def forward(self, x_BSD: Tensor, context: ForwardContext) -> Tensor:
         """(B, S, D) to (B, S, D); keys and values go to `context.cache` when there is one."""
         q_width, kv_width = self.heads * self.head_dim, self.kv_heads * self.head_dim
         q, k, v = linear(x_BSD, self.qkv.weight, self.qkv.bias).split((q_width, kv_width, kv_width), dim=-1)
-        q_BHSd = rotate(self._heads(q, self.heads, self.q_norm), context.rotary)
-        k_BHSd = rotate(self._heads(k, self.kv_heads, self.k_norm), context.rotary)
-        v_BHSd = self._heads(v, self.kv_heads, None)
-        positions = q_BHSd.shape[2]
-        mask = None
+        q_BHSd = self._heads(q, self.heads, self.q_norm, context)
+        q_BHSd = scaled_queries(q_BHSd, self.layer, context)
+        k_BHSd = self._heads(k, self.kv_heads, self.k_norm, context)
+        v_BHSd = self._clipped(v).unflatten(-1, (self.kv_heads, self.head_dim)).transpose(1, 2)
         if context.cache is not None:
-            k_BHSd, v_BHSd = context.cache.extend(self.layer, k_BHSd, v_BHSd)
-            if 1 < positions < k_BHSd.shape[2]:  # several new tokens after old ones: "causal" must start late
-                shape = (positions, k_BHSd.shape[2])
-                mask = torch.ones(shape, dtype=torch.bool, device=q.device).tril(shape[1] - positions)
-        y_BHSd = F.scaled_dot_product_attention(
-            q_BHSd,
-            k_BHSd.to(q_BHSd.dtype),
-            v_BHSd.to(q_BHSd.dtype),
-            attn_mask=mask,
-            is_causal=mask is None and positions > 1,
-            enable_gqa=self.heads != self.kv_heads,
-        )
+            k_BHSd, v_BHSd = context.cache.extend(self.layer.number, k_BHSd, v_BHSd)
+        seen = self.layer.visible(context)
+        y_BHSd = attend(q_BHSd, k_BHSd, v_BHSd, seen, scale=self.scale, cap=self.cap, sinks_H=self.sinks)
         return linear(y_BHSd.transpose(1, 2).flatten(2), self.out.weight, self.out.bias)

@@ -1,4 +1,7 @@
-"""RMSNorm (arXiv 1910.07467) with a backward of its own: torch's is made of a dozen separate passes on a CPU."""
+"""Norms of the residual stream: RMSNorm (arXiv 1910.07467) and LayerNorm (arXiv 1607.06450).
+
+RMSNorm has a backward of its own: torch's is made of a dozen separate passes on a CPU.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-__all__ = ["RMSNorm"]
+from moiety.config import ModelConfig
+
+__all__ = ["LayerNorm", "Norm", "RMSNorm", "norm_of", "unit_length"]
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -51,3 +56,40 @@ class RMSNorm(nn.Module):
         """Same shape and dtype as x."""
         y: Tensor = _RMSNorm.apply(x, self.weight.to(x.dtype), self.eps)
         return y
+
+
+class LayerNorm(nn.Module):
+    """(x - mean(x)) / sqrt(variance(x) + eps) * weight + bias, over the last axis.
+
+    Args:
+        width: Size of the last axis.
+        eps: Added to the variance.
+        bias: Have a bias.
+    """
+
+    def __init__(self, width: int, eps: float, bias: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width)) if bias else None
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Same shape and dtype as x."""
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.layer_norm(x, self.weight.shape, self.weight.to(x.dtype), bias, self.eps).to(x.dtype)
+
+
+Norm = RMSNorm | LayerNorm
+
+
+def norm_of(config: ModelConfig) -> Norm:
+    """A norm of the residual stream, as the model has them."""
+    if config.norm == "rms":
+        return RMSNorm(config.d_model, config.norm_eps)
+    return LayerNorm(config.d_model, config.norm_eps, config.norm_bias)
+
+
+def unit_length(x: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) over the last axis, without weights; in float32 at least, returned in x's dtype."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return F.rms_norm(wide, x.shape[-1:], None, eps).to(x.dtype)

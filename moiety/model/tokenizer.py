@@ -11,7 +11,8 @@ import codecs
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, final
 
@@ -19,6 +20,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from moiety.errors import ConfigError, DataError, FormatError, StorageError
+from moiety.model.template import ChatTemplate, special_tokens
 from moiety.storage import write_atomically
 
 __all__ = ["END_OF_TEXT", "TextStream", "Tokenizer", "train_tokenizer"]
@@ -137,12 +139,29 @@ class Tokenizer:
     """A byte-level BPE vocabulary with an end token.
 
     `encode` never yields the end token: the letters of `<|endoftext|>` in a text stay letters.
+
+    Args:
+        inner: The vocabulary.
+        end_token: The special token that ends a text.
+        chat_template: How messages are written, when the model was taught to chat.
+        special_tokens: Further special tokens by name (`bos_token`), kept for whoever reads the tokenizer next.
     """
 
-    def __init__(self, inner: tokenizers.Tokenizer, *, end_token: str) -> None:
+    def __init__(
+        self,
+        inner: tokenizers.Tokenizer,
+        *,
+        end_token: str,
+        chat_template: ChatTemplate | None = None,
+        special_tokens: Mapping[str, str] | None = None,
+    ) -> None:
         inner.encode_special_tokens = True
         self._inner = inner
         self._token_bytes = _token_bytes(inner)
+        self.chat_template = chat_template
+        self.special_tokens = dict(special_tokens or {})
+        named = sorted(self._special_ids(), key=len, reverse=True)  # the longest first: one may begin another
+        self._special = re.compile(f"({'|'.join(map(re.escape, named))})" if named else r"(?!)()")
         self.end_token = end_token
         end_id = inner.token_to_id(end_token)
         assert end_id is not None, (end_token, inner.get_vocab_size())
@@ -168,7 +187,14 @@ class Tokenizer:
             inner = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises the bare class, never a subclass
             raise FormatError(f"{file} is not a tokenizer: {error}", hint="write it again") from error
-        return cls(inner, end_token=_end_token(file.parent, inner.get_vocab(with_added_tokens=True)))
+        config_path = file.parent / "tokenizer_config.json"
+        named = special_tokens(_read_json(config_path)[1]) if config_path.exists() else {}
+        return cls(
+            inner,
+            end_token=_end_token(file.parent, inner.get_vocab(with_added_tokens=True)),
+            chat_template=ChatTemplate.load(file.parent),
+            special_tokens=named,
+        )
 
     @property
     def vocab_size(self) -> int:
@@ -183,6 +209,17 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Tokens of a text; nothing is added before or after."""
         return list(self._inner.encode(text, add_special_tokens=False).ids)
+
+    def encode_with_special(self, text: str) -> list[int]:
+        """Tokens of a text in which the letters of a special token are that token: what a chat template writes."""
+        ids = self._special_ids()
+        tokens: list[int] = []
+        for number, piece in enumerate(self._special.split(text)):
+            if number % 2:
+                tokens.append(ids[piece])
+            elif piece:
+                tokens += self.encode(piece)
+        return tokens
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Tokens of each text, worked out in parallel."""
@@ -217,8 +254,13 @@ class Tokenizer:
         """Bytes that each token writes, by token: the sum over a text's tokens is its size in UTF-8."""
         return [len(written) for written in self._token_bytes]
 
+    def to_json(self) -> str:
+        """The whole tokenizer as the text of `tokenizer.json`."""
+        text: str = self._inner.to_str()
+        return text
+
     def save(self, folder: str | Path) -> None:
-        """Write `tokenizer.json` and the `tokenizer_config.json` that transformers' AutoTokenizer reads.
+        """Write what transformers' AutoTokenizer reads: `tokenizer.json`, `tokenizer_config.json`, the chat template.
 
         Raises:
             StorageError: the system refused.
@@ -226,14 +268,22 @@ class Tokenizer:
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": None,
-            "eos_token": self.end_token,
             "pad_token": self.end_token,
+            **self.special_tokens,
+            "eos_token": self.end_token,
             "clean_up_tokenization_spaces": False,
         }
         write_atomically(Path(folder) / "tokenizer.json", self._inner.to_str(pretty=True).encode())
+        if self.chat_template is not None:
+            self.chat_template.save(folder)
         write_atomically(
             Path(folder) / "tokenizer_config.json", (json.dumps(config, indent=2) + "\n").encode()
         )
+
+    def _special_ids(self) -> dict[str, int]:
+        """The token of each special token's letters."""
+        added = self._inner.get_added_tokens_decoder()
+        return {one.content: token for token, one in added.items() if one.special}
 
     def _one(self, token: int) -> bytes:
         if not 0 <= token < len(self._token_bytes):

@@ -10,20 +10,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from moiety.backends.matmul import linear
 from moiety.config import ModelConfig, MoEConfig
 from moiety.errors import ConfigError, UsageError
 from moiety.model.attention import Attention
-from moiety.model.context import ForwardContext, KVCache
-from moiety.model.norm import RMSNorm
-from moiety.model.rope import rotary_table
+from moiety.model.context import ForwardContext, KVCache, forward_context
+from moiety.model.loss import cross_entropy, head_logits
+from moiety.model.mla import LatentAttention
+from moiety.model.norm import Norm, norm_of
+from moiety.model.rope import check_rope
 from moiety.moe import routers
 from moiety.moe.capacity import Capacity
 from moiety.moe.experts import FeedForward
 from moiety.moe.layer import MoE
 from moiety.routing import Routing
 
-__all__ = ["Block", "ModelOutput", "Transformer"]
+__all__ = ["Block", "HeadBias", "ModelOutput", "Transformer"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -33,58 +34,104 @@ class ModelOutput:
     Args:
         hidden: The last block's output after the final norm, (B, S, D).
         head_weight: The output head, (V, D).
+        head_bias: Its bias (V,), or None.
+        logits_multiplier: Factor on the logits.
+        logits_cap: Logits become cap * tanh(logit / cap); 0 is off.
         routing: The routing of every MoE layer, by layer index.
     """
 
     hidden: Tensor
     head_weight: Tensor
+    head_bias: Tensor | None = None
+    logits_multiplier: float = 1.0
+    logits_cap: float = 0.0
     routing: Mapping[int, Routing] = field(default_factory=dict)
 
     @property
     def logits(self) -> Tensor:
         """Scores of every vocabulary entry, (B, S, V); multiplied out on each access."""
-        return linear(self.hidden, self.head_weight)
+        return self._logits(self.hidden)
+
+    @property
+    def last_logits(self) -> Tensor:
+        """Scores after the last position alone, (B, V)."""
+        return self._logits(self.hidden[:, -1])
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        return head_logits(
+            hidden,
+            self.head_weight,
+            self.head_bias,
+            multiplier=self.logits_multiplier,
+            cap=self.logits_cap,
+        )
+
+    def cross_entropy(self, target_BS: Tensor) -> Tensor:
+        """Sum over scored tokens of -ln p(target) in nats, without the logits ever whole; see `loss.cross_entropy`."""
+        return cross_entropy(
+            self.hidden,
+            self.head_weight,
+            target_BS,
+            bias_V=self.head_bias,
+            multiplier=self.logits_multiplier,
+            cap=self.logits_cap,
+        )
+
+
+class HeadBias(nn.Module):
+    """What an output head has of its own where the embedding is its weight: `bias` (V,)."""
+
+    def __init__(self, vocabulary: int) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(vocabulary))
 
 
 class Block(nn.Module):
-    """Norm, attention, add; norm, feed-forward, add."""
+    """Attention and a feed-forward, each added to the residual stream, with norms before or after them or both.
+
+    Norms before: `attention_norm`, `feed_forward_norm`; after, before the sum: `attention_post_norm`,
+    `feed_forward_post_norm`.
+    """
 
     def __init__(self, config: ModelConfig, layer: int, backend: str) -> None:
         super().__init__()
-        self.layer = layer
-        self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
-        self.attention = Attention(config.attention, config.d_model, layer, config.norm_eps)
-        self.feed_forward_norm = RMSNorm(config.d_model, config.norm_eps)
-        self.feed_forward: MoE | FeedForward
-        if config.is_moe(layer):
-            assert config.moe is not None
-            self.feed_forward = MoE(
-                d_model=config.d_model,
-                d_ff=config.moe.d_ff,
-                experts=config.moe.experts,
-                router=routers.from_config(config.moe),
-                activation=config.moe.activation,
-                gated=config.moe.gated,
-                bias=config.moe.bias,
-                router_bias=config.moe.router_bias,
-                shared_d_ff=config.moe.shared_d_ff,
-                shared_gate=config.moe.shared_gate,
-                null_experts=config.moe.null_experts,
-                null_kind=config.moe.null_kind,
-                capacity=_capacity(config.moe),
-                backend=backend,
-            )
+        self.layer, self.multiplier = layer, config.residual_multiplier
+        before, after = config.norm_place != "post", config.norm_place != "pre"
+        self.attention_norm = norm_of(config) if before else None
+        self.attention: Attention | LatentAttention
+        if config.attention.mla is None:
+            self.attention = Attention(config.attention, config.d_model, layer, config.norm_eps)
         else:
-            self.feed_forward = FeedForward(
-                config.d_model, config.d_ff, activation=config.activation, gated=config.gated
-            )
+            self.attention = LatentAttention(config.attention, config.d_model, layer)
+        self.attention_post_norm = norm_of(config) if after else None
+        self.feed_forward_norm = norm_of(config) if before else None
+        self.feed_forward = _feed_forward(config, layer, backend)
+        self.feed_forward_post_norm = norm_of(config) if after else None
+
+    def attended(self, x_BSD: Tensor, context: ForwardContext) -> Tensor:
+        """The residual stream with the attention's answer added, (B, S, D)."""
+        normed = x_BSD if self.attention_norm is None else self.attention_norm(x_BSD)
+        return self._added(x_BSD, self.attention(normed, context), self.attention_post_norm)
+
+    def feed_forward_input(self, x_BSD: Tensor) -> Tensor:
+        """What the feed-forward sees of the residual stream that `attended` gave."""
+        return x_BSD if self.feed_forward_norm is None else self.feed_forward_norm(x_BSD)
+
+    def fed(self, x_BSD: Tensor, y_BSD: Tensor) -> Tensor:
+        """The residual stream with the feed-forward's answer y added."""
+        return self._added(x_BSD, y_BSD, self.feed_forward_post_norm)
+
+    def _added(self, x_BSD: Tensor, y_BSD: Tensor, post_norm: Norm | None) -> Tensor:
+        if post_norm is not None:
+            y_BSD = post_norm(y_BSD)
+        return x_BSD + y_BSD if self.multiplier == 1 else x_BSD + self.multiplier * y_BSD
 
     def forward(self, x_BSD: Tensor, context: ForwardContext) -> tuple[Tensor, Routing | None]:
         """(B, S, D) to (B, S, D), and the routing if this block is MoE."""
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), context)
-        normed = self.feed_forward_norm(x_BSD)
+        x_BSD = self.attended(x_BSD, context)
+        normed = self.feed_forward_input(x_BSD)
         if isinstance(self.feed_forward, FeedForward):
-            return x_BSD + self.feed_forward(normed), None
+            return self.fed(x_BSD, self.feed_forward(normed)), None
         y = self.feed_forward(
             normed,
             valid=context.valid_BS,
@@ -94,7 +141,7 @@ class Block(nn.Module):
             step=context.step,
             seed=context.seed_of(self.layer),
         )
-        return x_BSD + y.output, y.routing
+        return self.fed(x_BSD, y.output), y.routing
 
 
 class Transformer(nn.Module):
@@ -120,12 +167,14 @@ class Transformer(nn.Module):
         initialize: bool = True,
     ) -> None:
         super().__init__()
-        _refuse_unknown_structure(config)
+        _check_config(config)
         self.config, self.checkpointing = config, checkpointing
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config, layer, backend) for layer in range(config.layers))
-        self.norm = RMSNorm(config.d_model, config.norm_eps)
-        self.head = None if config.tied else nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.norm = norm_of(config)
+        self.head: nn.Linear | HeadBias | None = HeadBias(config.vocab_size) if config.head_bias else None
+        if not config.tied:
+            self.head = nn.Linear(config.d_model, config.vocab_size, bias=config.head_bias)
         if initialize:
             self.reset_parameters()
 
@@ -171,31 +220,40 @@ class Transformer(nn.Module):
             UsageError: tokens, padding, cache or pinned routings that do not fit the model or each other.
         """
         self._check(tokens_BS, cache, valid_BS, pinned or {})
-        start, positions = 0 if cache is None else cache.length, tokens_BS.shape[1]
-        attention = self.config.attention
-        positions_S = torch.arange(start, start + positions, device=tokens_BS.device)
         if seed is None and self.training:
             seed = int(torch.randint(2**31, ()))
-        context = ForwardContext(
-            rotary=rotary_table(positions_S, attention.rotary_dim, attention.rope_theta),
+        context = forward_context(
+            self.config,
+            tokens_BS,
             cache=cache,
             valid_BS=valid_BS,
-            pinned=pinned or {},
-            tokens_BS=tokens_BS,
-            cost=cost or {},
+            pinned=pinned,
+            cost=cost,
             step=step,
             seed=seed,
         )
-        x_BSD = self.embed(tokens_BS)
+        x_BSD = self.embedded(tokens_BS)
         routing: dict[int, Routing] = {}
         for layer, block in enumerate(self.blocks):
             x_BSD, decided = self._run(block, x_BSD, context)
             if decided is not None:
                 routing[layer] = decided
         if cache is not None:
-            cache.advance(positions)
-        head_weight = self.embed.weight if self.head is None else self.head.weight
-        return ModelOutput(hidden=self.norm(x_BSD), head_weight=head_weight, routing=routing)
+            cache.advance(tokens_BS.shape[1])
+        return ModelOutput(
+            hidden=self.norm(x_BSD),
+            head_weight=self.head.weight if isinstance(self.head, nn.Linear) else self.embed.weight,
+            head_bias=None if self.head is None else self.head.bias,
+            logits_multiplier=self.config.logits_multiplier,
+            logits_cap=self.config.logits_cap,
+            routing=routing,
+        )
+
+    def embedded(self, tokens_BS: Tensor) -> Tensor:
+        """What the first block sees, (B, S, D)."""
+        x_BSD: Tensor = self.embed(tokens_BS)
+        multiplier = self.config.embedding_multiplier
+        return x_BSD if multiplier == 1 else multiplier * x_BSD
 
     def _check(
         self, tokens_BS: Tensor, cache: KVCache | None, valid_BS: Tensor | None, pinned: Mapping[int, Routing]
@@ -263,20 +321,40 @@ def _capacity(moe: MoEConfig) -> Capacity | None:
     return Capacity(factor=moe.capacity_factor, eval_factor=moe.eval_capacity_factor, policy=moe.overflow)
 
 
-def _refuse_unknown_structure(config: ModelConfig) -> None:
+def _feed_forward(config: ModelConfig, layer: int, backend: str) -> MoE | FeedForward:
+    """The dense or Mixture-of-Experts feed-forward of one block."""
+    moe = config.moe
+    if moe is None or not config.is_moe(layer):
+        return FeedForward(config.d_model, config.d_ff, activation=config.activation, gated=config.gated)
+    return MoE(
+        d_model=config.d_model,
+        d_ff=moe.d_ff,
+        experts=moe.experts,
+        router=routers.from_config(moe),
+        activation=moe.activation,
+        activation_limit=moe.activation_limit,
+        gated=moe.gated,
+        bias=moe.bias,
+        router_bias=moe.router_bias,
+        shared_d_ff=moe.shared_d_ff,
+        shared_gate=moe.shared_gate,
+        null_experts=moe.null_experts,
+        null_kind=moe.null_kind,
+        capacity=_capacity(moe),
+        weigh_input=moe.weigh_input,
+        backend=backend,
+    )
+
+
+def _check_config(config: ModelConfig) -> None:
     """Every option of a config acts or is refused; none is ignored."""
-    attention = config.attention
-    unknown = {
-        "attention.mla": attention.mla is not None,
-        "attention.sinks": attention.sinks,
-        "attention.window": attention.window is not None,
-        "norm": config.norm != "rms",
-        "norm_place": config.norm_place != "pre",
-        "head_bias": config.head_bias,
-    }
-    asked = [name for name, is_asked in unknown.items() if is_asked]
-    if asked:
+    attention, mla = config.attention, config.attention.mla
+    unused = {"clip_qkv": attention.clip_qkv != 0, "rope_fraction": attention.rope_fraction != 1}
+    asked = [name for name, is_asked in unused.items() if is_asked]
+    if mla is not None and asked:
         raise ConfigError(
-            f"this decoder does not yet have {', '.join(asked)}",
-            hint="`moiety.cost` and the registry count such models; running them is not possible yet",
+            f"latent attention has no {', '.join(asked)}",
+            hint="mla.rope_dim says what is rotated; leave these at their defaults",
         )
+    rotary_dim = attention.rotary_dim if mla is None else mla.rope_dim
+    check_rope(attention.rope, rotary_dim, attention.rope_theta)

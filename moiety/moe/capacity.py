@@ -58,11 +58,23 @@ def _position(pairs: Routing, score_TE: Tensor, limit: int, generator: torch.Gen
 
     Where `rank_N` is known every token's first choice is served before any second one (GShard, 2006.16668).
     """
+    return pairs.keep(_fits(pairs, _by_rank(pairs), limit))
+
+
+def _by_rank(pairs: Routing) -> Tensor:
+    """All pair numbers, first choices in front where ranks are known, else in the order they stand in."""
     if pairs.rank_N is None:
-        order_N = torch.arange(pairs.pairs, device=pairs.token_N.device)
-    else:
-        order_N = pairs.rank_N.argsort(stable=True)
-    return pairs.keep(_fits(pairs, order_N, limit))
+        return torch.arange(pairs.pairs, device=pairs.token_N.device)
+    return pairs.rank_N.argsort(stable=True)
+
+
+def _position_in_sequence(pairs: Routing, sequences: int, limit: int) -> Routing:
+    """`_position` with the limit for each sequence by itself; `pairs` itself if every expert has room."""
+    assert sequences > 0 and pairs.tokens % sequences == 0, (pairs.tokens, sequences)
+    length = max(pairs.tokens // sequences, 1)
+    cell_N = pairs.expert_N * sequences + pairs.token_N.div(length, rounding_mode="floor")
+    fits_N = _place_in_expert(cell_N, _by_rank(pairs), pairs.experts * sequences) < limit
+    return pairs if bool(fits_N.all()) else pairs.keep(fits_N)
 
 
 def _priority(pairs: Routing, score_TE: Tensor, limit: int, generator: torch.Generator | None) -> Routing:
@@ -153,6 +165,8 @@ class Capacity:
         factor: Rows per expert over the mean, while training; 0 is dropless.
         eval_factor: The same outside training.
         policy: position, priority, random, reroute, dense, or queue.
+        sequence_rows: Instead of the factors, a fixed number of rows of each sequence, in training and outside;
+            0 is off. What a sequence gets then does not depend on the others of its batch.
 
     Raises:
         ConfigError: a factor is negative or not finite, or there is no such policy.
@@ -161,6 +175,7 @@ class Capacity:
     factor: float = 1.25
     eval_factor: float = 0.0
     policy: str = "position"
+    sequence_rows: int = 0
 
     def __post_init__(self) -> None:
         factors: dict[str, object] = {"factor": self.factor, "eval_factor": self.eval_factor}
@@ -176,14 +191,21 @@ class Capacity:
                 f"there is no overflow policy {self.policy!r}",
                 hint=f"there are {', '.join((*POLICIES, QUEUE))}",
             )
+        if self.sequence_rows < 0 or (self.sequence_rows and self.policy != "position"):
+            raise ConfigError(
+                f"sequence_rows is {self.sequence_rows} with overflow policy {self.policy!r}; "
+                "allowed is 0, or a positive number with policy 'position'"
+            )
 
     @property
     def queues(self) -> bool:
         """True if pairs over the limit wait for another of the `passes`, instead of being changed."""
         return self.policy == QUEUE
 
-    def limit(self, routing: Routing, training: bool) -> int | None:
+    def limit(self, routing: Routing, training: bool, sequences: int = 1) -> int | None:
         """Rows per expert C for what this routing wanted; None is dropless. At least 1 where there is any pair."""
+        if self.sequence_rows:
+            return self.sequence_rows * sequences
         factor = self.factor if training else self.eval_factor
         if factor == 0:
             return None
@@ -197,6 +219,7 @@ class Capacity:
         *,
         training: bool,
         generator: torch.Generator | None = None,
+        sequences: int = 1,
     ) -> Routing:
         """Apply the policy to pairs that are not weighed yet; `pairs` itself if every expert has room.
 
@@ -205,8 +228,11 @@ class Capacity:
             score_TE: What it was made by, (T, E).
             training: Which factor holds.
             generator: For policy random; None takes torch's own. On the device of the pairs.
+            sequences: How many of equal length the tokens are, for `sequence_rows`.
         """
         assert score_TE.shape == (pairs.tokens, pairs.experts), (score_TE.shape, pairs.tokens, pairs.experts)
+        if self.sequence_rows:
+            return _position_in_sequence(pairs, sequences, self.sequence_rows)
         limit = self.limit(pairs, training)
         if limit is None or self.queues or int(pairs.counts_E.max()) <= limit:
             return pairs

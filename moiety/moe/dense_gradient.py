@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -69,11 +70,10 @@ class _Unchosen(torch.autograd.Function):
 
 
 def _frozen(weights: ExpertWeights) -> ExpertWeights:
-    return ExpertWeights(
+    return replace(
+        weights,
         up=weights.up.detach(),
         down=weights.down.detach(),
         up_bias=None if weights.up_bias is None else weights.up_bias.detach(),
         down_bias=None if weights.down_bias is None else weights.down_bias.detach(),
-        activation=weights.activation,
-        gated=weights.gated,
     )

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from moiety import backends
 from moiety.backends.matmul import linear
-from moiety.backends.weights import ExpertWeights, activation
+from moiety.backends.weights import CLAMPED, ExpertWeights, activation, clamped_swiglu
 from moiety.routing import Routing
 
 __all__ = ["Experts", "FeedForward", "expert_seconds"]
@@ -29,7 +29,8 @@ class Experts(nn.Module):
         d_model: Width D.
         d_ff: Inner width F of one expert.
         experts: E.
-        activation: silu, gelu, gelu_tanh or relu.
+        activation: silu, gelu, gelu_tanh or relu, or clamped_swiglu: (up + 1) * gate * sigmoid(1.702 gate).
+        activation_limit: Of clamped_swiglu: gate is clamped to at most this, up to plus and minus this.
         gated: act(gate) * up (SwiGLU, GeGLU; arXiv 2002.05202) instead of act(up).
         bias: Add biases.
         backend: Who multiplies; "auto" lets `backends.choose` decide.
@@ -45,6 +46,7 @@ class Experts(nn.Module):
         experts: int,
         *,
         activation: str = "silu",
+        activation_limit: float = 7.0,
         gated: bool = True,
         bias: bool = False,
         backend: str = "auto",
@@ -52,10 +54,11 @@ class Experts(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        backends.activation(activation)
+        backends.check_activation(activation, gated)
         if backend != "auto":
             backends.get(backend)
         self.activation, self.gated, self.backend = activation, gated, backend
+        self.activation_limit = activation_limit
         rows = 2 * d_ff if gated else d_ff
         self.up_name = "gate_up" if gated else "up"
         self.register_parameter(self.up_name, _parameter(experts, rows, d_model, device=device, dtype=dtype))
@@ -86,6 +89,7 @@ class Experts(nn.Module):
             down_bias=None if self.down_bias is None else self.down_bias.to(dtype),
             activation=self.activation,
             gated=self.gated,
+            activation_limit=self.activation_limit,
         )
 
     def forward(self, x_TD: Tensor, routing: Routing) -> Tensor:
@@ -132,13 +136,14 @@ class FeedForward(nn.Module):
         d_ff: int,
         *,
         activation: str = "silu",
+        activation_limit: float = 7.0,
         gated: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        backends.activation(activation)
-        self.activation, self.gated = activation, gated
+        backends.check_activation(activation, gated)
+        self.activation, self.gated, self.activation_limit = activation, gated, activation_limit
         self.up_name = "gate_up" if gated else "up"
         rows = 2 * d_ff if gated else d_ff
         self.register_parameter(self.up_name, _parameter(rows, d_model, device=device, dtype=dtype))
@@ -153,11 +158,13 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) to (..., D)."""
-        act = activation(self.activation)
         hidden = linear(x, self.get_parameter(self.up_name))
-        if self.gated:
+        if self.activation == CLAMPED:
             gate, up = hidden.chunk(2, dim=-1)
-            hidden = act.forward(gate) * up
+            hidden = clamped_swiglu(gate, up, self.activation_limit)
+        elif self.gated:
+            gate, up = hidden.chunk(2, dim=-1)
+            hidden = activation(self.activation).forward(gate) * up
         else:
-            hidden = act.forward(hidden)
+            hidden = activation(self.activation).forward(hidden)
         return linear(hidden, self.down)

@@ -99,7 +99,8 @@ class MoE(nn.Module):
         experts: E.
         router: `TopK(k)`, `Switch()`, `SigmoidTopK(k)` or anything else that answers the three questions of
             `moiety.moe.routers`.
-        activation: silu, gelu, gelu_tanh or relu.
+        activation: silu, gelu, gelu_tanh or relu, or clamped_swiglu (gpt-oss).
+        activation_limit: Clamp of clamped_swiglu, see `Experts`.
         gated: SwiGLU-like when True, a single up projection when False.
         bias: Add biases to the experts.
         router_bias: Add a trained bias to the router's logits.
@@ -126,6 +127,7 @@ class MoE(nn.Module):
         experts: int,
         router: Router,
         activation: str = "silu",
+        activation_limit: float = 7.0,
         gated: bool = True,
         bias: bool = False,
         router_bias: bool = False,
@@ -153,7 +155,12 @@ class MoE(nn.Module):
         self.gate_noise = nn.Linear(d_model, self.choices, bias=False, **like) if router.needs.noise else None
         if self.gate_noise is not None:
             nn.init.zeros_(self.gate_noise.weight)
-        shape: dict[str, Any] = {"activation": activation, "gated": gated, **like}
+        shape: dict[str, Any] = {
+            "activation": activation,
+            "activation_limit": activation_limit,
+            "gated": gated,
+            **like,
+        }
         self.experts = Experts(d_model, d_ff, experts, bias=bias, backend=backend, **shape)
         self.shared = FeedForward(d_model, shared_d_ff, **shape) if shared_d_ff else None
         self.shared_gate = nn.Linear(d_model, 1, bias=False, **like) if shared_gate else None
@@ -191,6 +198,7 @@ class MoE(nn.Module):
         cost_E: Tensor | None = None,
         step: int | None = None,
         seed: int | None = None,
+        sequences: int = 1,
     ) -> Routing:
         """Decide, without multiplying.
 
@@ -202,6 +210,7 @@ class MoE(nn.Module):
             cost_E: What using each expert costs, for `CostAware`.
             step: Of the training run, for schedules; None is after their end.
             seed: Of everything random; None draws one from torch's generator when the router needs it.
+            sequences: How many of equal length the tokens are, for a capacity of each sequence.
 
         Raises:
             ConfigError: `pinned` is of other tokens or experts.
@@ -229,16 +238,21 @@ class MoE(nn.Module):
             score_TE = self.router.score(logits_TE, context)
             pairs = pinned
             if pairs is None:
-                pairs = self.router.choose(score_TE.detach(), context)
-                if self.capacity is not None:
-                    generator = context.generator(6)
-                    pairs = self.capacity.fit(
-                        pairs, score_TE.detach(), training=self.training, generator=generator
-                    )
+                pairs = self._choose(score_TE.detach(), context, sequences)
             weight_N = self._weigh(score_TE, pairs, context)
         if self.gate is None:
             return pairs.with_weights(weight_N)
         return pairs.with_weights(weight_N, logits_TE=logits_TE, score_TE=score_TE, noise=noise)
+
+    def _choose(self, score_TE: Tensor, context: RouterContext, sequences: int) -> Routing:
+        """The router's pairs, after what the capacity makes of them."""
+        pairs = self.router.choose(score_TE, context)
+        if self.capacity is None:
+            return pairs
+        generator = context.generator(6)
+        return self.capacity.fit(
+            pairs, score_TE, training=self.training, generator=generator, sequences=sequences
+        )
 
     def _check_pinned(self, pinned: Routing | None, tokens: int) -> None:
         if pinned is not None and (pinned.tokens, pinned.experts) != (tokens, self.choices):
@@ -287,7 +301,7 @@ class MoE(nn.Module):
         """Route every token and add up its experts' answers.
 
         Args:
-            x: (..., D).
+            x: (..., D); the first of three axes is that of sequences.
             valid: Bool of x's leading shape, False for padding; padding gets zeros from the routed experts.
             pinned: A routing whose pairs to repeat, see `Routing.pinned`.
             token_ids: Of x's leading shape, for routers that need them.
@@ -310,6 +324,7 @@ class MoE(nn.Module):
             cost_E=cost_E,
             step=step,
             seed=seed,
+            sequences=max(x.shape[0], 1) if x.dim() == 3 else 1,
         )
         y_TD = self._multiply(x_TD, routing)
         if self.shared is not None:

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from moiety.errors import UsageError
-from moiety.model.loss import cross_entropy
 from moiety.model.transformer import Block, ModelOutput, Transformer
 from moiety.moe.balance import load_balance_loss
 from moiety.moe.layer import MoE
@@ -129,7 +128,7 @@ def _gradients(model: Transformer, tokens_BS: Tensor, seed: int, *, balance: boo
 
 
 def _prediction(output: ModelOutput, targets_BS: Tensor) -> Tensor:
-    return cross_entropy(output.hidden, output.head_weight, targets_BS) / targets_BS.numel()
+    return output.cross_entropy(targets_BS) / targets_BS.numel()
 
 
 def _balance(model: Transformer, output: ModelOutput) -> Tensor:

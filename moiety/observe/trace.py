@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from moiety.errors import UsageError
-from moiety.model.context import ForwardContext
-from moiety.model.rope import rotary_table
+from moiety.model.context import forward_context
 from moiety.model.transformer import Block, Transformer
 from moiety.moe.layer import MoE
 from moiety.routing import Routing
@@ -148,28 +147,18 @@ def _run_again(
     model: Transformer, tokens_BS: Tensor, chosen: Mapping[int, Routing]
 ) -> tuple[LayerTrace, ...]:
     """The same pass block by block, the choices repeated, to see what went into each MoE layer."""
-    attention = model.config.attention
-    positions_S = torch.arange(tokens_BS.shape[1], device=tokens_BS.device)
-    context = ForwardContext(
-        rotary=rotary_table(positions_S, attention.rotary_dim, attention.rope_theta),
-        cache=None,
-        valid_BS=None,
-        pinned={layer: routing.pinned() for layer, routing in chosen.items()},
-        tokens_BS=tokens_BS,
-        cost={},
-        step=None,
-        seed=0,
-    )
+    pinned = {layer: routing.pinned() for layer, routing in chosen.items()}
+    context = forward_context(model.config, tokens_BS, pinned=pinned, seed=0)
     assert model.config.moe is not None
-    x_BSD, layers = model.embed(tokens_BS), []
+    x_BSD, layers = model.embedded(tokens_BS), []
     for layer, block in enumerate(model.blocks):
         assert isinstance(block, Block), type(block)
         after_BSD, _ = block(x_BSD, context)
         if isinstance(block.feed_forward, MoE):
-            middle_BSD = x_BSD + block.attention(block.attention_norm(x_BSD), context)
-            x_TD, residual_TD = block.feed_forward_norm(middle_BSD)[0], middle_BSD[0]
+            middle_BSD = block.attended(x_BSD, context)
+            x_TD = block.feed_forward_input(middle_BSD)[0]
             parts = _measured(block.feed_forward, x_TD, chosen[layer])
-            away = (after_BSD[0] - residual_TD - parts.output_TD).norm()
+            away = (after_BSD - block.fed(middle_BSD, parts.output_TD[None])).norm()
             size = after_BSD.norm()
             if not bool(size.isfinite()):
                 raise UsageError(

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from moiety.model.loss import IGNORED, cross_entropy
+from moiety.model.loss import IGNORED
 from moiety.model.transformer import Transformer
 from moiety.observe.stats import counts_by_group
 from moiety.train.data import Batch, TokenData
@@ -121,7 +121,7 @@ def _score(model: Transformer, piece: Batch, dtype: str) -> tuple[float, list[np
     valid_BS = real_tokens(targets_BS)
     with autocast(dtype, device):
         output = model(tokens_BS, valid_BS=valid_BS)
-        loss = cross_entropy(output.hidden, output.head_weight, targets_BS).item()
+        loss = output.cross_entropy(targets_BS).item()
     sequences, positions = tokens_BS.shape
     sequence_T = torch.arange(sequences, device=device).repeat_interleave(positions)
     layers = [counts_by_group(routing, sequence_T, sequences) for routing in output.routing.values()]

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from moiety.config import to_dict
 from moiety.errors import TrainingError
-from moiety.model.loss import cross_entropy
 from moiety.model.tokenizer import Tokenizer
 from moiety.model.transformer import Transformer
 from moiety.moe.layer import MoE
@@ -191,7 +190,7 @@ def _step(
     sums = _Sums(losses=dict.fromkeys(now, 0.0))
     for place, batch in enumerate(batches):
         output = forward(model, batch, options, step=number, place=place)
-        text = cross_entropy(output.hidden, output.head_weight, batch.targets_BS.to(output.hidden.device))
+        text = output.cross_entropy(batch.targets_BS.to(output.hidden.device))
         share = batch.targets_BS.numel() / tokens
         added = router_losses(
             moe, output.routing, options, now, share=share, sequences=len(batch.tokens_BS), loads=known

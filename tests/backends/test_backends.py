@@ -15,8 +15,9 @@ from torch import Tensor
 
 from moiety import backends
 from moiety.backends import grouped, matmul, reference
-from moiety.backends.weights import ACTIVATIONS, ExpertWeights
+from moiety.backends.weights import ACTIVATIONS, CLAMPED, ExpertWeights
 from moiety.errors import ConfigError
+from moiety.moe.experts import Experts
 from moiety.routing import Routing
 from tests import oracle
 from tests.oracle import DTYPES, Multiply, Problem, choose_at_random, routing_of
@@ -118,6 +119,30 @@ def test_every_kind_of_expert(d_model: int, d_ff: int, activation: str, gated: b
     problem = Problem(chosen_TE, d_model=d_model, d_ff=d_ff, activation=activation, gated=gated, bias=bias)
     for dtype, backend in itertools.product(DTYPES, BACKENDS):
         problem.compare(by(backend), dtype)
+
+
+@pytest.mark.parametrize("limit", [0.75, 7.0])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("d_model, d_ff", [(16, 8), (10, 7)], ids=["grouped_products", "single_products"])
+def test_gate_and_up_clamped_together(d_model: int, d_ff: int, bias: bool, limit: float) -> None:
+    chosen_TE = choose_at_random(40, 6, 2)
+    chosen_TE[:, 2] = False
+    problem = Problem(
+        chosen_TE, d_model=d_model, d_ff=d_ff, activation=CLAMPED, bias=bias, activation_limit=limit
+    )
+    pre = problem.values["x"] @ problem.values["up"].transpose(1, 2)
+    gate, up = pre.chunk(2, dim=-1)
+    beyond = [bool((part > limit).any()) for part in (gate, -gate, up, -up)]
+    assert beyond == [limit < 1] * 4, "the small limit must be met on every side"
+    for dtype, backend in itertools.product(DTYPES, BACKENDS):
+        problem.compare(by(backend), dtype)
+
+
+def test_clamping_needs_a_gate() -> None:
+    with pytest.raises(ConfigError, match=r"clamped_swiglu is of gate and up together[\s\S]*hint: set gated"):
+        Experts(4, 6, 2, activation=CLAMPED, gated=False)
+    with pytest.raises(ConfigError, match="no activation 'clamped'"):
+        Experts(4, 6, 2, activation="clamped")
 
 
 def test_the_oracle_knows_every_activation() -> None:

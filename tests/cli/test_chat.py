@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from moiety.model import checkpoint
+from moiety.model.template import ChatTemplate
+from moiety.model.tokenizer import Tokenizer
 from tests.cli.conftest import Call
 
 
@@ -59,3 +62,18 @@ def test_nothing_to_open(call: Call, tmp_path: Path) -> None:
     said = call("chat", tmp_path / "absent")
     assert said.code in (1, 2)
     said.assert_refused(said.code, "absent")
+
+
+def test_a_model_with_a_template(
+    call: Call, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder,) = (trained / "checkpoints").iterdir()
+    template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}[assistant]"
+    tokenizer = Tokenizer.load(folder)
+    tokenizer.chat_template = ChatTemplate(template)
+    checkpoint.save(checkpoint.load(folder), tmp_path / "model", tokenizer=tokenizer)
+    _type(monkeypatch, "the\n")
+    said = call("chat", tmp_path / "model", "--max-tokens", 4, "--temperature", 0, "--system", "a")
+    assert said.code == 0 and said.out.endswith("\n") and "not taught" not in said.err
+    _type(monkeypatch, "the cat\n")
+    call("chat", trained, "--system", "be brief").assert_refused(2, "no chat template")

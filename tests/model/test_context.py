@@ -1,13 +1,15 @@
-"""The cache of keys and values: what goes in comes back, in order, and no more than fits."""
+"""The cache of keys and values: what goes in comes back, in order, and no more than fits; who sees whom."""
 
 from __future__ import annotations
+
+import dataclasses
 
 import pytest
 import torch
 
 from moiety import cost
 from moiety.errors import UsageError
-from moiety.model.context import KVCache
+from moiety.model.context import KVCache, visible
 from tests import tiny
 
 CONFIG = tiny.CONFIGS["sigmoid"]  # 3 layers, 2 key/value heads of 6
@@ -16,8 +18,11 @@ CONFIG = tiny.CONFIGS["sigmoid"]  # 3 layers, 2 key/value heads of 6
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", tiny.CONFIGS)
 def test_size_is_what_cost_says(name: str, dtype: torch.dtype) -> None:
-    cache = KVCache(tiny.CONFIGS[name], 3, 11, dtype=dtype)
-    assert cache.size_bytes == 3 * cost.kv_bytes(tiny.CONFIGS[name], 11, dtype.itemsize)
+    config = tiny.CONFIGS[name]
+    cache = KVCache(config, 3, 11, dtype=dtype)
+    attention = dataclasses.replace(config.attention, window=None, window_layers=None, chunked=False)
+    unbounded = dataclasses.replace(config, attention=attention)  # layers with a window keep everything too
+    assert cache.size_bytes == 3 * cost.kv_bytes(unbounded, 11, dtype.itemsize)
     assert cache.buffer.dtype == dtype and cache.length == 0
 
 
@@ -51,3 +56,32 @@ def test_room_is_stated() -> None:
 def test_a_cache_is_for_its_number_of_sequences() -> None:
     with pytest.raises(UsageError, match="for 3 sequences and 1 were given"):
         KVCache(CONFIG, 3, 5).check_room(1, 2)
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+@pytest.mark.parametrize("window", [None, 1, 2, 3, 5, 8, 40])
+def test_who_sees_whom(window: int | None, chunked: bool) -> None:
+    masks = 0
+    for start in range(9):
+        for positions in range(6):
+            first, mask_SK = visible(start, positions, window, chunked)
+            stop = start + positions
+            assert 0 <= first <= start
+            for row, query in enumerate(range(start, stop)):
+                for key in range(stop):
+                    sees = key <= query
+                    if window is not None:
+                        sees &= key // window == query // window if chunked else query - key < window
+                    if key < first:
+                        assert not sees, "what is cut off is seen by nobody"
+                    elif mask_SK is not None:
+                        assert mask_SK.shape == (positions, stop - first)
+                        assert bool(mask_SK[row, key - first]) == sees
+                    else:
+                        assert sees == (key <= query)
+            if mask_SK is None:
+                assert positions <= 1 or start == first, "torch's causal mask is of a square"
+            masks += mask_SK is not None
+    assert masks, "no mask, no proof"
+    assert visible(0, 64, None, False).mask_SK is None, "training without a window has no mask"
+    assert visible(700, 1, window, chunked).mask_SK is None, "nor has decoding"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moiety.model.loss import IGNORED, SLICE_ELEMENTS, cross_entropy
+from moiety.model.loss import IGNORED, SLICE_ELEMENTS, cross_entropy, head_logits
 from tests import tiny
 from tests.oracle import assert_all_close_enough
 
@@ -150,3 +151,92 @@ def test_inputs_are_left_as_they_were() -> None:
     solved(cross_entropy, hidden, weight_VD, target)
     for now, then in zip((hidden, weight_VD, target), before, strict=True):
         assert torch.equal(now, then)
+
+
+HEADS: dict[str, dict[str, float]] = {
+    "bias": {},
+    "multiplied": {"multiplier": 0.3},
+    "capped": {"cap": 2.5},
+    "multiplied_then_capped": {"multiplier": -1.7, "cap": 0.8},
+}
+
+
+def whole_head(
+    hidden: Tensor, weight_VD: Tensor, bias_V: Tensor | None, target: Tensor, *, multiplier: float, cap: float
+) -> Tensor:
+    """The formula on the whole logits matrix."""
+    logits = F.linear(hidden, weight_VD, bias_V) * multiplier
+    logits = cap * (logits / cap).tanh() if cap else logits
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    return F.cross_entropy(
+        logits.flatten(0, -2).to(wide), target.flatten(), ignore_index=IGNORED, reduction="sum"
+    )
+
+
+def all_gradients(
+    loss: Callable[..., Tensor], leaves: dict[str, Tensor], target: Tensor, **head: float
+) -> dict[str, Tensor | None]:
+    leaf = {name: value.clone().requires_grad_() for name, value in leaves.items()}
+    value = loss(leaf, target, **head)
+    (value * -0.7).backward()
+    return {"loss": value.detach()} | {name: one.grad for name, one in leaf.items()}
+
+
+def by_slices(leaf: dict[str, Tensor], target: Tensor, **head: float) -> Tensor:
+    return cross_entropy(leaf["hidden"], leaf["weight"], target, bias_V=leaf.get("bias"), **head)
+
+
+def by_whole(leaf: dict[str, Tensor], target: Tensor, **head: float) -> Tensor:
+    said = {"multiplier": 1.0, "cap": 0.0, **head}
+    return whole_head(leaf["hidden"], leaf["weight"], leaf.get("bias"), target, **said)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("slice_elements", [SLICE_ELEMENTS, 2 * 37 + 1])
+def test_a_head_with_bias_multiplier_and_cap(
+    head: str, bias: bool, slice_elements: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moiety.model.loss.SLICE_ELEMENTS", slice_elements)
+    hidden, weight_VD, target = case(37, 8, 3, 5)
+    leaves = {"hidden": hidden, "weight": weight_VD}
+    if bias:
+        leaves["bias"] = torch.randn(37).bfloat16().double()
+    true = all_gradients(by_whole, leaves, target, **HEADS[head])
+    for name, value in all_gradients(by_slices, leaves, target, **HEADS[head]).items():
+        right = true[name]
+        assert value is not None and right is not None
+        torch.testing.assert_close(value, right, rtol=1e-11, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+    for dtype in (torch.float32, torch.bfloat16):
+        narrow = {name: value.to(dtype) for name, value in leaves.items()}
+        fast, noisy = (all_gradients(one, narrow, target, **HEADS[head]) for one in (by_slices, by_whole))
+        assert_all_close_enough(fast, noisy, true, dtype=dtype)
+
+
+def test_a_bias_of_the_head_alone_can_be_trained() -> None:
+    hidden, weight_VD, target = case(19, 4, 6)
+    bias_V = torch.zeros(19, dtype=torch.float64, requires_grad=True)
+    cross_entropy(hidden, weight_VD, target, bias_V=bias_V).backward()
+    scored = target != IGNORED
+    share = (hidden @ weight_VD.T).softmax(-1)[scored].sum(0)
+    tiny.assert_exact(bias_V.grad, share - torch.bincount(target[scored], minlength=19))
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_logits_of_such_a_head(head: str) -> None:
+    hidden, weight_VD, _ = case(19, 4, 2, 3)
+    bias_V, said = torch.randn(19).double(), {"multiplier": 1.0, "cap": 0.0, **HEADS[head]}
+    true = (hidden @ weight_VD.T + bias_V) * said["multiplier"]
+    if said["cap"]:
+        true = said["cap"] * (true / said["cap"]).tanh()
+    tiny.assert_exact(head_logits(hidden, weight_VD, bias_V, **HEADS[head]), true)
+
+
+def test_a_head_with_bias_under_autocast() -> None:
+    hidden, weight_VD, target = case(300, 6, 50)
+    leaves: dict[str, Any] = {"hidden": hidden, "weight": weight_VD, "bias": torch.randn(300).double()}
+    true = all_gradients(by_whole, leaves, target, cap=3.0)
+    wide = {name: value.float() for name, value in leaves.items()}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast, plainly = (all_gradients(one, wide, target, cap=3.0) for one in (by_slices, by_whole))
+    assert_all_close_enough(cast, plainly, true, dtype=torch.bfloat16)

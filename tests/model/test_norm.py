@@ -1,4 +1,4 @@
-"""RMSNorm and its own backward, against the formula in float64 and against finite differences."""
+"""The norms, and RMSNorm's own backward, against the formulas in float64 and against finite differences."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moiety.model.norm import RMSNorm
+from moiety.model.norm import LayerNorm, RMSNorm, norm_of, unit_length
 from tests import tiny
 from tests.oracle import assert_all_close_enough
 
@@ -101,3 +101,55 @@ def test_a_frozen_weight_gets_no_gradient() -> None:
     norm.weight.requires_grad_(False)
     norm(x).square().sum().backward()
     assert norm.weight.grad is None and x.grad is not None and bool(x.grad.any())
+
+
+def layer_formula(x: Tensor, weight_D: Tensor, bias_D: Tensor | float) -> Tensor:
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / (centred.square().mean(-1, keepdim=True) + EPS).sqrt() * weight_D + bias_D
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(5,), (7, 5), (2, 3, 4, 6), (0, 8)])
+def test_layer_norm_equals_the_formula_with_every_gradient(shape: tuple[int, ...], bias: bool) -> None:
+    norm = LayerNorm(shape[-1], EPS, bias).double()
+    tiny.fill(norm)
+    assert {name for name, _ in norm.named_parameters()} == ({"weight", "bias"} if bias else {"weight"})
+    x, grad = torch.randn(2, *shape, dtype=torch.float64)
+    x.requires_grad_()
+    leaves = [x, *norm.parameters()]
+    true = layer_formula(x, norm.weight, 0.0 if norm.bias is None else norm.bias)
+    y = norm(x)
+    tiny.assert_exact(y, true)
+    ours, theirs = (torch.autograd.grad(one, leaves, grad, retain_graph=True) for one in (y, true))
+    for mine, right in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, right, rtol=1e-11, atol=1e-11)
+
+
+def test_layer_norm_keeps_the_dtype_of_the_input() -> None:
+    norm, x = LayerNorm(8, EPS, True), torch.randn(3, 8).bfloat16().requires_grad_()
+    y = norm(x)
+    y.sum().backward()
+    assert norm.weight.grad is not None
+    assert (y.dtype, norm.weight.grad.dtype) == (torch.bfloat16, torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert norm(x).dtype == torch.bfloat16
+
+
+def test_which_norm_a_model_has() -> None:
+    assert isinstance(norm_of(tiny.config()), RMSNorm)
+    for bias in (False, True):
+        made = norm_of(tiny.config(norm="layer", norm_bias=bias, norm_eps=0.5))
+        assert isinstance(made, LayerNorm) and made.eps == 0.5 and (made.bias is not None) == bias
+        assert made.weight.shape == (20,)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_unit_length_is_that_of_llama_4(dtype: torch.dtype) -> None:
+    from transformers.models.llama4.modeling_llama4 import Llama4TextL2Norm
+
+    x = torch.randn(2, 3, 5, 6).to(dtype)
+    y = unit_length(x, EPS)
+    assert y.dtype == dtype
+    true = x.double() / (x.double().square().mean(-1, keepdim=True) + EPS).sqrt()
+    assert (y.double() - true).abs().max() <= 2 * torch.finfo(dtype).eps * true.abs().max()
+    torch.testing.assert_close(y, Llama4TextL2Norm(EPS)(x), rtol=1e-6, atol=1e-6)

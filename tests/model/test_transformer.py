@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +10,9 @@ import torch
 from torch import Tensor
 
 import moiety
-from moiety.config import MLAConfig
 from moiety.errors import ConfigError, UsageError
 from moiety.model import checkpoint
 from moiety.model.context import KVCache
-from moiety.model.loss import cross_entropy
 from moiety.model.transformer import ModelOutput, Transformer
 from moiety.moe.balance import load_balance_loss
 from moiety.moe.layer import MoE
@@ -35,7 +32,7 @@ def moe_of(model: Transformer, layer: int) -> MoE:
 
 def losses(output: ModelOutput, target: Tensor) -> Tensor:
     """Cross entropy and a term through every router."""
-    total = cross_entropy(output.hidden, output.head_weight, target) / target.numel()
+    total = output.cross_entropy(target) / target.numel()
     for routing in output.routing.values():
         total = total + 0.1 * load_balance_loss(routing)
     return total
@@ -89,7 +86,7 @@ class TestTwins:
         twin, tokens = tiny.twin_from(model, tmp_path / "ours"), tiny.tokens(model, 2, 20)
         target = tiny.tokens(model, 2, 20)
         output = model(tokens)
-        ours = gradients(model, cross_entropy(output.hidden, output.head_weight, target))
+        ours = gradients(model, output.cross_entropy(target))
         logits = twin(tokens).logits.flatten(0, 1)
         torch.nn.functional.cross_entropy(logits, target.flatten(), reduction="sum").backward()
         theirs = {"embed.weight": twin.model.embed_tokens.weight, "norm.weight": twin.model.norm.weight}
@@ -326,34 +323,6 @@ class TestPinning:
 
 
 class TestRefusals:
-    @pytest.mark.parametrize(
-        ("option", "changes"),
-        [
-            (
-                "attention.mla",
-                {"attention": tiny.attention(mla=MLAConfig(kv_rank=5, nope_dim=6, rope_dim=4, value_dim=9))},
-            ),
-            ("attention.sinks", {"attention": tiny.attention(sinks=True)}),
-            ("attention.window", {"attention": tiny.attention(window=8)}),
-            ("norm", {"norm": "layer"}),
-            ("norm_place", {"norm_place": "post"}),
-            ("norm_place", {"norm_place": "both"}),
-            ("head_bias", {"head_bias": True}),
-        ],
-    )
-    def test_an_option_that_would_be_ignored_is_refused_by_name(
-        self, option: str, changes: dict[str, Any]
-    ) -> None:
-        config = dataclasses.replace(tiny.CONFIGS["mixtral"], **changes)
-        with pytest.raises(ConfigError, match=rf"does not yet have {option}\n") as raised:
-            Transformer(config)
-        assert raised.value.hint
-
-    def test_several_are_named_together(self) -> None:
-        config = tiny.config(norm="layer", norm_bias=True, head_bias=True)
-        with pytest.raises(ConfigError, match="norm, head_bias"):
-            Transformer(config)
-
     def test_an_unknown_backend(self) -> None:
         with pytest.raises(ConfigError, match="no backend 'fast'"):
             Transformer(tiny.CONFIGS["mixtral"], backend="fast")

@@ -429,3 +429,29 @@ def test_buffer_bytes() -> None:
     mask_TE = choose_at_random(64, 8, 2)
     limit = Capacity(1.25).limit(Routing.from_mask(mask_TE), training=True)
     assert buffer_bytes(1.25, 128, 8, 1, 1) == accounting(Routing.from_mask(mask_TE), limit).buffer_rows
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("sequences", "rows"), [(1, 1), (3, 2), (4, 3), (12, 1), (2, 99)])
+def test_rows_of_each_sequence_are_those_it_gets_alone(kind: str, sequences: int, rows: int) -> None:
+    """Sequence by sequence, the plain policy with the same limit says who stays."""
+    pairs, score_TE = draw_pairs(12, 4, 2, kind=kind, padded=kind == "topk")
+    capacity = Capacity(factor=3.0, sequence_rows=rows)
+    kept = capacity.fit(pairs, score_TE, training=False, sequences=sequences)
+    length = 12 // sequences
+    expected = set()
+    for number in range(sequences):
+        mine = [pair for pair in pairs_of(pairs) if pair[1] // length == number]
+        ranks = [0] * pairs.pairs if pairs.rank_N is None else pairs.rank_N.tolist()
+        rank = dict(zip(pairs_of(pairs), ranks, strict=True))
+        expected |= first_of_each(mine, lambda pair, rank=rank: (rank[pair], pair[1]), rows)
+    assert set(pairs_of(kept)) == expected
+    assert kept.dropped == pairs.pairs - len(expected)
+    assert (kept is pairs) == (len(expected) == pairs.pairs)
+    assert capacity.limit(pairs, True, sequences) == rows * sequences
+
+
+@pytest.mark.parametrize(("rows", "policy"), [(-1, "position"), (2, "priority"), (2, "queue")])
+def test_rows_of_a_sequence_that_are_refused(rows: int, policy: str) -> None:
+    with pytest.raises(ConfigError, match=f"sequence_rows is {rows} with overflow policy '{policy}'"):
+        Capacity(sequence_rows=rows, policy=policy)
