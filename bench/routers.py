@@ -1,9 +1,9 @@
 """What routing costs: every router's own time, and a layer's step with each router against softmax top-k.
 
-Two claims. The routing of a token-choice router with 8 experts per token, which is deciding, gathering rows and summing them
-back, takes at most a tenth of a layer's forward; for one or two experts per token, whose layer is that much smaller, and
-for routers that divide a whole batch the share is told without a bar. And a step (forward and backward) with any router takes at most 1.15 times
-that of softmax top-k with as many pairs; Zipf-1.5 skew costs a layer at most 15 %.
+Two claims. Deciding, gathering rows and summing them back takes at most a tenth of a layer's forward, for routers of
+token choice with 8 experts per token; with one or two, whose layer is that much smaller, and for routers that divide
+a whole batch, the share is told without a bar. And a step (forward and backward) with any router takes at most 1.15
+times that of softmax top-k with as many pairs; Zipf-1.5 skew costs a layer at most 15 %.
 
     python bench/routers.py [--quick] [--device cuda]
 """
