@@ -599,10 +599,5 @@ def _is_hub_link(place: Path) -> bool:
 
 
 def _kind(mode: int) -> str:
-    kinds = {
-        stat.S_IFLNK: "symbolic link",
-        stat.S_IFREG: "file",
-        stat.S_IFDIR: "folder",
-        stat.S_IFIFO: "pipe",
-    }
-    return kinds.get(stat.S_IFMT(mode), "special file")
+    kinds = {stat.S_IFREG: "file", stat.S_IFDIR: "folder", stat.S_IFIFO: "pipe"}
+    return "symbolic link" if stat.S_ISLNK(mode) else kinds.get(stat.S_IFMT(mode), "special file")

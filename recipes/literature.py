@@ -152,7 +152,7 @@ def capacity() -> Experiment:
 def speed_up() -> Experiment:
     """Steps to the dense twin's loss (arXiv 2101.03961: 1/7 of them with 64 experts; OLMoE 2409.02060: a third)."""
     one = replace(MODEL, experts_per_token=1, d_ff=192, router="switch")
-    long = replace(SMALL, steps=1200)
+    long = replace(SMALL, steps=800)
     return Experiment(
         question="in how many steps does an MoE reach the last loss of its dense twin?",
         source="arXiv 2101.03961 figure 5, 2409.02060 figure 4",

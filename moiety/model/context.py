@@ -6,7 +6,7 @@ Passed by hand down the model; nothing is set around a call.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -145,10 +145,10 @@ class ForwardContext:
     cache: KVCache | None
     valid_BS: Tensor | None
     pinned: Mapping[int, Routing]
-    tokens_BS: Tensor
-    cost: Mapping[int, Tensor]
-    step: int | None
-    seed: int | None
+    tokens_BS: Tensor | None = None
+    cost: Mapping[int, Tensor] = field(default_factory=dict)
+    step: int | None = None
+    seed: int | None = None
 
     def seed_of(self, layer: int) -> int | None:
         """The seed of one layer."""

@@ -179,8 +179,14 @@ class Transformer(nn.Module):
             self.reset_parameters()
 
     @torch.no_grad()
-    def reset_parameters(self, deviation: float = 0.02) -> None:
-        """Normal with `deviation`; projections back into the residual stream smaller by sqrt(2 L) (GPT-2)."""
+    def reset_parameters(self, deviation: float | None = None) -> None:
+        """Normal; projections back into the residual stream smaller by sqrt(2 L) (GPT-2).
+
+        Args:
+            deviation: Standard deviation; None is sqrt(2 / (5 D)) (arXiv 1910.05895), which is GPT-2's 0.02 at a
+                width of 1000 and learns far faster than it at small widths.
+        """
+        deviation = (2 / (5 * self.config.d_model)) ** 0.5 if deviation is None else deviation
         for name, parameter in self.named_parameters():
             if name.endswith(("bias", "gate_noise.weight")):
                 parameter.zero_()

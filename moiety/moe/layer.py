@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from moiety.backends.matmul import multiply_into, multiply_rows, multiply_rows_back
 from moiety.errors import ConfigError, UsageError
 from moiety.moe.capacity import Capacity, passes
 from moiety.moe.dense_gradient import dense_gradient
@@ -35,7 +36,7 @@ class _RouterLogits(torch.autograd.Function):
         ctx.save_for_backward(x_TD, weight_ED)
         ctx.has_bias = bias_E is not None
         wide = torch.promote_types(x_TD.dtype, torch.float32)
-        return F.linear(x_TD.to(wide), weight_ED.to(wide), None if bias_E is None else bias_E.to(wide))
+        return multiply_rows(x_TD.to(wide), weight_ED.to(wide), None if bias_E is None else bias_E.to(wide))
 
     @staticmethod
     @once_differentiable
@@ -43,8 +44,13 @@ class _RouterLogits(torch.autograd.Function):
         x_TD, weight_ED = ctx.saved_tensors
         need_x, need_weight, need_bias = ctx.needs_input_grad
         with torch.autocast(x_TD.device.type, enabled=False):
-            grad_x = (grad_TE @ weight_ED.to(grad_TE.dtype)).to(x_TD.dtype) if need_x else None
-            grad_weight = (grad_TE.t() @ x_TD.to(grad_TE.dtype)).to(weight_ED.dtype) if need_weight else None
+            grad_x = grad_weight = None
+            if need_x:
+                grad_x = multiply_rows_back(grad_TE, weight_ED.to(grad_TE.dtype)).to(x_TD.dtype)
+            if need_weight:
+                grad_weight = grad_TE.new_empty(weight_ED.shape)
+                multiply_into(grad_weight, grad_TE, x_TD.to(grad_TE.dtype))
+                grad_weight = grad_weight.to(weight_ED.dtype)
         return grad_x, grad_weight, grad_TE.sum(0) if need_bias else None
 
 

@@ -37,6 +37,7 @@ from moiety.train.routers import (
     add_loads,
     check_router_gradient,
     coefficients,
+    down_scale,
     forward,
     loss_terms,
     moe_layers,
@@ -124,9 +125,12 @@ def train(
     Raises:
         TrainingError: the balance loss cannot reach a router, or too many non-finite steps in a row.
     """
-    betas = (options.beta1, options.beta2)
     optimizer = build_optimizer(
-        model, weight_decay=options.weight_decay, betas=betas, router_scale=options.router_rate
+        model,
+        weight_decay=options.weight_decay,
+        betas=(options.beta1, options.beta2),
+        router_scale=options.router_rate,
+        down_scale=down_scale(model.config.moe, options),
     )
     state, saved = RunState(run=to_dict(options)), resume
     if resume is not None:

@@ -82,11 +82,13 @@ class ModelOptions:
 
     def _moe(self) -> MoEConfig:
         """The MoE layers: every option of both carries over, and a router that fixes its own k gets it."""
-        from moiety.moe.routers import ROUTERS
+        from moiety.moe.routers import ROUTERS, from_config
 
         names = {item.name for item in fields(MoEConfig)} & {item.name for item in fields(self)}
         values = {name: getattr(self, name) for name in names}
         kind = ROUTERS.get(self.router)
         if kind is not None and kind.fixed_k is not None:
             values["experts_per_token"] = kind.fixed_k
-        return MoEConfig(**values)
+        moe = MoEConfig(**values)
+        from_config(moe)  # refuse an unknown router, or a wrong option of it
+        return moe

@@ -19,8 +19,9 @@ def build_optimizer(
     weight_decay: float,
     betas: tuple[float, float],
     router_scale: float,
+    down_scale: float = 1.0,
 ) -> torch.optim.AdamW:
-    """AdamW (arXiv 1711.05101) over three groups: matrices with decay, norms and biases without, routers.
+    """AdamW (arXiv 1711.05101) over four groups: matrices with decay, norms and biases without, routers, down.
 
     Each group has `names`, the parameters' names in order, and `scale`, its factor on the learning rate.
 
@@ -29,8 +30,14 @@ def build_optimizer(
         weight_decay: On matrices only; routers and vectors have none.
         betas: Decay of the two moments.
         router_scale: Factor on the learning rate of routers (`gate.weight`, `gate.bias`).
+        down_scale: Factor on that of the down projections of feed-forwards and routed experts, which decay too.
     """
-    groups: dict[str, list[tuple[str, nn.Parameter]]] = {"matrices": [], "vectors": [], "routers": []}
+    groups: dict[str, list[tuple[str, nn.Parameter]]] = {
+        "matrices": [],
+        "vectors": [],
+        "routers": [],
+        "down": [],
+    }
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -38,9 +45,16 @@ def build_optimizer(
             groups["routers"].append((name, parameter))
         elif parameter.dim() == 1 or name.endswith("bias"):
             groups["vectors"].append((name, parameter))
+        elif name.endswith(("feed_forward.down", "feed_forward.experts.down")):
+            groups["down"].append((name, parameter))
         else:
             groups["matrices"].append((name, parameter))
-    settings = {"matrices": (weight_decay, 1.0), "vectors": (0.0, 1.0), "routers": (0.0, router_scale)}
+    settings = {
+        "matrices": (weight_decay, 1.0),
+        "vectors": (0.0, 1.0),
+        "routers": (0.0, router_scale),
+        "down": (weight_decay, down_scale),
+    }
     return torch.optim.AdamW(
         [
             {

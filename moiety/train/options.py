@@ -32,6 +32,9 @@ class TrainOptions:
     beta2: float = option(0.95, help="AdamW's decay of the second moment")
     clip: float = option(1.0, help="largest norm of the whole gradient; 0 means no clipping")
     router_rate: float = option(1.0, help="factor on the routers' learning rate")
+    down_rate: float = option(
+        0.0, help="factor on the learning rate of down projections; 0 takes the number of experts per token"
+    )
     freeze_router: bool = option(False, help="leave the routers as they are")
     router_warmup: int = option(0, help="steps in which tokens go to experts drawn evenly")
     explore: str = option("0", help="probability that a token does; a schedule, 0.2:0@1000 for instance")
@@ -75,6 +78,7 @@ class TrainOptions:
             "router_warmup",
             "soft_steps",
             "balance_groups",
+            "down_rate",
         )
         for name in names:
             require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must not be negative")

@@ -32,6 +32,7 @@ __all__ = [
     "add_loads",
     "check_router_gradient",
     "coefficients",
+    "down_scale",
     "forward",
     "loss_terms",
     "moe_layers",
@@ -52,6 +53,15 @@ def moe_layers(model: nn.Module) -> dict[int, MoE]:
         for name, module in model.named_modules()
         if isinstance(module, MoE) and name.startswith("blocks.")
     }
+
+
+def down_scale(config: MoEConfig | None, options: TrainOptions) -> float:
+    """Factor on the learning rate of down projections.
+
+    A token's K experts weigh about 1/K each, so that the same step of their matrices moves the output K times less
+    than in a dense feed-forward; by default the rate makes up for it.
+    """
+    return options.down_rate or (1.0 if config is None else float(config.experts_per_token))
 
 
 def forward(model: Transformer, batch: Batch, options: TrainOptions, *, step: int, place: int) -> ModelOutput:

@@ -19,6 +19,7 @@ from moiety.train import corpus
 from moiety.train.data import TokenData, build, prepare_tokenizer
 from moiety.train.model_options import ModelOptions
 from moiety.train.options import TrainOptions
+from moiety.train.routers import loss_terms
 from moiety.train.state import latest_checkpoint
 
 __all__ = [
@@ -124,11 +125,13 @@ def start(
         DataError: a text cannot be read or is too little.
         ConfigError: the options do not fit together.
     """
+    config = model.config(vocab_size, options.length)  # refuse what cannot be before reading any text
+    if config.moe is not None:
+        loss_terms(config.moe, options)
     if (folder / PLAN).exists():
         raise UsageError(
             f"{folder} already holds a run", hint="--resume goes on with it; --out names another folder"
         )
-    model.config(vocab_size, options.length)  # refuse what cannot be before reading any text
     text = prepare_text(folder, sources, vocab_size=vocab_size, bytes_per_domain=bytes_per_domain)
     plan = RunPlan(
         model=model.config(text.tokenizer.vocab_size, options.length),

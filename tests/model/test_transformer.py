@@ -386,7 +386,7 @@ class TestWeights:
         for name, tensor in model.named_parameters():
             parameter = tensor.detach()
             small = name.endswith(("attention.out.weight", ".down"))
-            deviation = 0.02 / (6**0.5 if small else 1)
+            deviation = (2 / (5 * 64)) ** 0.5 / (6**0.5 if small else 1)
             if name.endswith("bias"):
                 assert not parameter.any(), name
             elif name.endswith("norm.weight"):

@@ -75,14 +75,16 @@ def test_an_unknown_schedule_is_refused_with_the_known_ones() -> None:
     assert caught.value.hint is not None and "cosine" in caught.value.hint and "wsd" in caught.value.hint
 
 
-def _optimizer(net: nn.Module, scale: float = 0.25, decay: float = 0.1) -> torch.optim.AdamW:
-    return build_optimizer(net, weight_decay=decay, betas=BETAS, router_scale=scale)
+def _optimizer(
+    net: nn.Module, scale: float = 0.25, decay: float = 0.1, down: float = 1.0
+) -> torch.optim.AdamW:
+    return build_optimizer(net, weight_decay=decay, betas=BETAS, router_scale=scale, down_scale=down)
 
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_every_parameter_is_in_exactly_one_group(kind: str) -> None:
     net = tiny.model(300, **MODELS[kind])
-    optimizer = _optimizer(net)
+    optimizer = _optimizer(net, down=3.0)
     names = [name for group in optimizer.param_groups for name in group["names"]]
     assert sorted(names) == sorted(name for name, _ in net.named_parameters())
     expected = dict(net.named_parameters())
@@ -92,12 +94,13 @@ def test_every_parameter_is_in_exactly_one_group(kind: str) -> None:
             assert parameter is expected[name], name
             router = name.endswith("feed_forward.gate.weight") and kind != "dense"
             vector = name.endswith("norm.weight")
-            wanted = "routers" if router else "vectors" if vector else "matrices"
+            down = name.endswith(".down") and ".shared." not in name
+            wanted = "routers" if router else "vectors" if vector else "down" if down else "matrices"
             assert group["group"] == wanted, (name, group["group"])
-            assert group["weight_decay"] == (0.1 if wanted == "matrices" else 0.0), name
-            assert group["scale"] == (0.25 if router else 1.0), name
+            assert group["weight_decay"] == (0.1 if wanted in ("matrices", "down") else 0.0), name
+            assert group["scale"] == (0.25 if router else 3.0 if down else 1.0), name
         assert tuple(group["betas"]) == BETAS
-    assert {group["group"] for group in optimizer.param_groups} == {"matrices", "vectors"} | (
+    assert {group["group"] for group in optimizer.param_groups} == {"matrices", "vectors", "down"} | (
         set() if kind == "dense" else {"routers"}
     )
 
@@ -110,12 +113,13 @@ def test_what_is_frozen_is_left_out() -> None:
 
 
 def test_the_rate_reaches_each_group_with_its_scale() -> None:
-    optimizer = _optimizer(tiny.model(300), scale=3.0)
+    optimizer = _optimizer(tiny.model(300), scale=3.0, down=2.0)
     set_learning_rate(optimizer, 0.5)
     assert {group["group"]: group["lr"] for group in optimizer.param_groups} == {
         "matrices": 0.5,
         "vectors": 0.5,
         "routers": 1.5,
+        "down": 1.0,
     }
 
 

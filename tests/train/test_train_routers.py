@@ -207,7 +207,11 @@ def test_capacity_holds_in_training(overflow: str, data: TokenData, vocabulary: 
     record = tiny.run(net, data, tiny.options(steps=3))[-1]
     limit = 8 * tiny.LENGTH * 2 / 4
     seen = record.health[0]
-    assert (seen.dropped > 0) == (overflow in ("position", "priority", "random"))
+    wanted = 8 * tiny.LENGTH * 2
+    if overflow == "reroute":  # a pair is lost only where all that has room is used by its token
+        assert seen.dropped < 0.05 * wanted
+    else:
+        assert (seen.dropped > 0) == (overflow != "queue")
     assert (seen.counts_E.max() <= limit) == (overflow != "queue")
 
 
