@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from moiety.config import AttentionConfig, ModelConfig, MoEConfig
     from moiety.errors import MoietyError
     from moiety.infer.generate import generate
-    from moiety.model.checkpoint import load
+    from moiety.model.load import load
     from moiety.model.tokenizer import Tokenizer
     from moiety.model.transformer import Transformer
     from moiety.moe.capacity import Capacity
@@ -109,7 +109,7 @@ _HOMES = {
     "TopP": "moiety.moe.routers",
     "Transformer": "moiety.model.transformer",
     "generate": "moiety.infer.generate",
-    "load": "moiety.model.checkpoint",
+    "load": "moiety.model.load",
 }
 
 

@@ -92,7 +92,9 @@ class MLAConfig:
     rope_dim: int = option(help="part of each query/key head with rotary position, shared by all heads")
     value_dim: int = option(help="width of each value head")
     norm_eps: float = option(1e-6, help="epsilon of the norms inside the bottlenecks")
-    bias: bool = option(False, help="add biases to the projections into the bottlenecks and to the output one")
+    bias: bool = option(
+        False, help="add biases to the projections into the bottlenecks and to the output one"
+    )
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -114,7 +116,7 @@ class RopeConfig:
     """Rotary frequencies stretched to a longer context than the model was first trained for."""
 
     kind: Literal["linear", "dynamic", "alpha", "yarn", "llama3", "longrope"] = option(
-        help="linear (2306.15595), dynamic NTK, NTK with a fixed alpha, yarn (2309.00071), llama3, longrope (2402.13753)"
+        help="linear (2306.15595), dynamic NTK, NTK of a fixed alpha, yarn (2309.00071), llama3, longrope (2402.13753)"
     )
     factor: float = option(1.0, help="how many times longer; of 'alpha' the alpha")
     original_positions: int = option(0, help="longest sequence before stretching, in tokens")
@@ -473,9 +475,7 @@ class EncoderDecoderConfig:
     heads: int = option(help="heads of each attention")
     head_dim: int = option(help="width of one head")
     moe: MoEConfig = option(help="the MoE feed-forward; dense layers have its width and activation")
-    moe_every: int = option(
-        2, help="of every how many encoder blocks the second is MoE; 1 means all, 0 none"
-    )
+    moe_every: int = option(2, help="of every how many encoder blocks the second is MoE; 1 means all, 0 none")
     decoder_moe_every: int | None = option(None, help="the same in the decoder; none means as the encoder")
     expert_capacity: int | None = option(
         64, help="tokens of one sequence that an expert takes, the first ones; none means any number"

@@ -249,9 +249,7 @@ def inside(folder: Path, name: str) -> Path:
     pure = PurePosixPath(name)
     safe = name and "\0" not in name and "\\" not in name and str(pure) == name and not pure.is_absolute()
     if not safe or ".." in pure.parts or name == ".":
-        raise FormatError(
-            f"{folder} names the file {name!r}, which is not inside it", hint="do not trust this folder"
-        )
+        raise FormatError(f"{folder} names the file {name!r}, which is not inside it", hint="do not trust it")
     place = folder
     for number, part in enumerate(pure.parts, start=1):
         place = place / part
@@ -260,9 +258,7 @@ def inside(folder: Path, name: str) -> Path:
         except (FileNotFoundError, NotADirectoryError) as error:
             raise FormatError(f"{folder / name} is missing", hint="write or download it again") from error
         except OSError as error:
-            raise StorageError(
-                f"cannot read {place}: {error.strerror}", hint="check its permissions"
-            ) from error
+            raise StorageError(f"cannot read {place}: {error.strerror}", hint="check permissions") from error
         wanted = stat.S_ISREG if number == len(pure.parts) else stat.S_ISDIR
         if not wanted(mode) and not _is_hub_link(place):
             raise FormatError(

@@ -125,13 +125,7 @@ def train(
     Raises:
         TrainingError: the balance loss cannot reach a router, or too many non-finite steps in a row.
     """
-    optimizer = build_optimizer(
-        model,
-        weight_decay=options.weight_decay,
-        betas=(options.beta1, options.beta2),
-        router_scale=options.router_rate,
-        down_scale=down_scale(model.config.moe, options),
-    )
+    optimizer = _optimizer(model, options)
     state, saved = RunState(run=to_dict(options)), resume
     if resume is not None:
         state = load_state(resume, model, optimizer)
@@ -164,6 +158,16 @@ def train(
                 raise _not_finite(state.consecutive_skips, saved)
             if ending:
                 return
+
+
+def _optimizer(model: Transformer, options: TrainOptions) -> torch.optim.AdamW:
+    return build_optimizer(
+        model,
+        weight_decay=options.weight_decay,
+        betas=(options.beta1, options.beta2),
+        router_scale=options.router_rate,
+        down_scale=down_scale(model.config.moe, options),
+    )
 
 
 def _step(

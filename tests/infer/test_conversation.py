@@ -24,11 +24,15 @@ TEMPLATE = (
 )
 
 
-def opened(folder: Path, template: str | None = TEMPLATE, positions: int = 120, ends: object = None) -> Opened:
+def opened(
+    folder: Path, template: str | None = TEMPLATE, positions: int = 120, ends: object = None
+) -> Opened:
     tokenizer = train_tokenizer(["one two three [u] [a] [s]"] * 9, 280)
     if template is not None:
         tokenizer.chat_template = ChatTemplate(template)
-    model = tiny.model("", moe=tiny.experts(d_ff=14), d_ff=14, vocab_size=tokenizer.vocab_size, max_positions=positions)
+    model = tiny.model(
+        "", moe=tiny.experts(d_ff=14), d_ff=14, vocab_size=tokenizer.vocab_size, max_positions=positions
+    )
     checkpoint.save(model, folder, tokenizer=tokenizer)
     (folder / "manifest.json").unlink()
     if ends is not None:

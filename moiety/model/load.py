@@ -1,0 +1,38 @@
+"""`moiety.load`: any model from a folder, a GGUF file or the hub, whichever kind it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from moiety import storage
+from moiety.model import checkpoint, hub, switch_files
+from moiety.model.families import Match
+from moiety.model.switch import SwitchTransformer
+from moiety.model.transformer import Transformer
+
+__all__ = ["load"]
+
+
+def load(
+    path: str | Path,
+    *,
+    backend: str = "auto",
+    dtype: torch.dtype | None = None,
+    revision: str | None = None,
+    match: Match = "original",
+) -> Transformer | SwitchTransformer:
+    """Read a model, in evaluation mode: a decoder of any known family, or the encoder-decoder Switch Transformer.
+
+    Args and errors are those of `moiety.model.checkpoint.load`.
+    """
+    place = hub.resolve(path, revision=revision)
+    config = place / "config.json"
+    if not checkpoint.is_gguf(place) and config.is_file():
+        if (
+            storage.read_json(storage.inside(place, "config.json")).get("model_type")
+            == switch_files.MODEL_TYPE
+        ):
+            return switch_files.load_switch(place, backend=backend, dtype=dtype)
+    return checkpoint.load(place, backend=backend, dtype=dtype, match=match)
