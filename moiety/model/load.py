@@ -28,11 +28,8 @@ def load(
     Args and errors are those of `moiety.model.checkpoint.load`.
     """
     place = hub.resolve(path, revision=revision)
-    config = place / "config.json"
-    if not checkpoint.is_gguf(place) and config.is_file():
-        if (
-            storage.read_json(storage.inside(place, "config.json")).get("model_type")
-            == switch_files.MODEL_TYPE
-        ):
+    if not checkpoint.is_gguf(place) and (place / "config.json").is_file():
+        values = storage.read_json(storage.inside(place, "config.json"))
+        if values.get("model_type") == switch_files.MODEL_TYPE:
             return switch_files.load_switch(place, backend=backend, dtype=dtype)
     return checkpoint.load(place, backend=backend, dtype=dtype, match=match)

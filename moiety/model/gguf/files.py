@@ -49,7 +49,7 @@ ROUTERS = ("ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight")
 
 
 def load_gguf(path: str | Path, dtype: torch.dtype | None = None, backend: str = "auto") -> Transformer:
-    """Read a model from a GGUF file.
+    """Read a model from a GGUF file; it comes in evaluation mode.
 
     Args:
         path: The file; of a split one its first part.
@@ -83,7 +83,7 @@ def load_gguf(path: str | Path, dtype: torch.dtype | None = None, backend: str =
         target = tensors.view(filled[link.ours], link, config.attention.mla)
         tensors.decode_into(target, file.tensors[link.theirs])
     model.load_state_dict(filled, assign=True)
-    return model
+    return model.eval()
 
 
 def load_config(path: str | Path) -> ModelConfig:
