@@ -243,7 +243,7 @@ class TestBlocks:
             elif name.endswith("norm.weight"):
                 assert bool((parameter == 1).all()), name
             else:
-                assert 0 < float(parameter.detach().abs().max()) < 0.2, name
+                assert 0 < float(parameter.detach().abs().max()) < 5 * (2 / (5 * config.d_model)) ** 0.5, name
 
 
 @torch.no_grad()

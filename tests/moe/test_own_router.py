@@ -98,7 +98,7 @@ def by_definition(layer: MoE, x_TD: Tensor, grad_TD: Tensor, dtype: torch.dtype)
 
 
 def test_the_example_is_short_and_the_page_names_everything() -> None:
-    assert len(example().splitlines()) <= 20
+    assert len([line for line in example().splitlines() if line.strip()]) <= 20
     for name in ROUTERS:
         assert f"- **{name}** ({ROUTERS[name].paper}" in PAGE, name
     for kind in AROUND.values():
