@@ -12,6 +12,7 @@ import math
 import os
 import reprlib
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,6 +38,7 @@ __all__ = [
 HEADER_BYTES_MAX = 16 << 20
 DIMENSIONS_MAX = 8
 LENGTH_MAX = 1 << 48
+WORTH_TWO_THREADS_BYTES = 1 << 20
 CHUNK_BYTES = 4 << 20  # read and converted while still in the processor's cache
 # Types by their names in the file; other names are other formats.
 DTYPES = {
@@ -86,6 +88,7 @@ class TensorFile:
     path: Path
     places: Mapping[str, Place]
     descriptor: int
+    helper: ThreadPoolExecutor
 
     def read(self, name: str, row: int | None = None) -> Tensor:
         """A tensor, or one row of its first axis, in memory of its own.
@@ -122,8 +125,20 @@ class TensorFile:
             at += chunk.nbytes
 
     def _fill(self, name: str, tensor: Tensor, at: int) -> None:
-        """Fill a contiguous tensor with the file's bytes from `at` on."""
-        left: memoryview = tensor.detach().view(-1).view(torch.uint8).numpy().data
+        """Fill a contiguous tensor with the file's bytes from `at` on; a large one in two halves at once.
+
+        One thread cannot use all of a memory's bandwidth, and half of this time goes into touching new pages.
+        """
+        whole: memoryview = tensor.detach().view(-1).view(torch.uint8).numpy().data
+        half = len(whole) // 2 if len(whole) >= WORTH_TWO_THREADS_BYTES else 0
+        second = self.helper.submit(self._fill_part, name, whole[half:], at + half) if half else None
+        try:
+            self._fill_part(name, whole[:half] if half else whole, at)
+        finally:
+            if second is not None:  # the memory must not be given away while it is written
+                second.result()
+
+    def _fill_part(self, name: str, left: memoryview, at: int) -> None:
         while left:
             try:
                 count = os.preadv(self.descriptor, [left], at)
@@ -151,7 +166,9 @@ def open_tensors(path: Path) -> Iterator[TensorFile]:
     except OSError as error:
         raise StorageError(f"cannot read {path}: {error.strerror}", hint="check its permissions") from error
     try:
-        yield TensorFile(path=path, places=_read_header(path, descriptor), descriptor=descriptor)
+        places = _read_header(path, descriptor)
+        with ThreadPoolExecutor(max_workers=1) as helper:  # no thread starts before it has something to read
+            yield TensorFile(path=path, places=places, descriptor=descriptor, helper=helper)
     finally:
         os.close(descriptor)
 

@@ -279,10 +279,14 @@ class MoE(nn.Module):
             # bfloat16 has four numbers from 0.99 to 1.01
             factor_TD = torch.empty_like(x_TD, dtype=torch.promote_types(x_TD.dtype, torch.float32))
             x_TD = x_TD * factor_TD.uniform_(1 - jitter, 1 + jitter, generator=generator)
-        clean_TE: Tensor = _RouterLogits.apply(x_TD, self.gate.weight, self.gate.bias)
         if self.gate_noise is None or not self.training:
-            return clean_TE, None
-        deviation_TE = F.softplus(_RouterLogits.apply(x_TD, self.gate_noise.weight, None))
+            return _RouterLogits.apply(x_TD, self.gate.weight, self.gate.bias), None
+        # both projections as one product: x is made wide once
+        both = torch.cat([self.gate.weight, self.gate_noise.weight])
+        clean_TE, noise_TE = _RouterLogits.apply(x_TD, both, None).chunk(2, dim=-1)
+        if self.gate.bias is not None:
+            clean_TE = clean_TE + self.gate.bias
+        deviation_TE = F.softplus(noise_TE)
         normal_TE = torch.empty_like(clean_TE).normal_(generator=generator)
         return clean_TE + normal_TE * deviation_TE, Noise(clean_TE, deviation_TE)
 

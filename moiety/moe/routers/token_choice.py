@@ -258,7 +258,13 @@ class TopP:
         wanted_TE[:, 0] = True
         if self.most:
             wanted_TE[:, self.most :] = False
-        return Routing.from_mask(wanted_TE.scatter(1, expert_TE, wanted_TE), valid_T=context.valid_T)
+        if context.valid_T is not None:
+            wanted_TE &= context.valid_T[:, None]
+        token_N, expert_N = wanted_TE.nonzero()[:, 0], expert_TE[wanted_TE]
+        weight_N = torch.ones(len(token_N), dtype=torch.float32, device=score_TE.device)
+        tokens, experts = score_TE.shape
+        pairs = Routing.from_pairs(token_N, expert_N, weight_N, tokens=tokens, experts=experts)
+        return replace(pairs, valid_T=context.valid_T)
 
     def weigh(self, score_TE: Tensor, pairs: Routing, context: RouterContext) -> Tensor:
         weight_N = pairs.at_pairs(score_TE)
