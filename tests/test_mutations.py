@@ -220,8 +220,8 @@ MUTATIONS = (
     Mutation(
         "noise that grows with its exponent",
         "moe/layer.py",
-        "F.softplus(_RouterLogits.apply(x_TD, self.gate_noise.weight, None))",
-        "_RouterLogits.apply(x_TD, self.gate_noise.weight, None).exp()",
+        "deviation_TE = F.softplus(noise_TE)",
+        "deviation_TE = noise_TE.exp()",
         IN_LAYERS,
     ),
     Mutation(
