@@ -24,7 +24,7 @@ help: ## list the targets
 install: $(STAMP) ## make .venv with everything that the other targets need
 
 # The stamp is written last, so an interrupted install starts over, in the folder that is there.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt $(wildcard moiety/backends/native/*)
 	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else \
 	    "moiety needs Python 3.11 or newer, this is " + sys.version.split()[0] + \
 	    "\nhint: make install PYTHON=python3.11")'

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from moiety.errors import FormatError
-from moiety.formats import MXFP4_BLOCK, dequantize_fp8, dequantize_mxfp4
+from moiety.formats.stored import MXFP4_BLOCK, dequantize_fp8, dequantize_mxfp4
 from moiety.model.tensor_file import DTYPE_NAMES, Place, TensorFile, shown
 
 __all__ = ["WEIGHT_DTYPES", "Packing", "Weight", "packing_of", "weights_of"]

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from moiety import storage
 from moiety.config import AttentionConfig, ModelConfig, MoEConfig
 from moiety.errors import FormatError
-from moiety.formats import dequantize_fp8, dequantize_mxfp4, quantize_fp8, quantize_mxfp4
+from moiety.formats.stored import dequantize_fp8, dequantize_mxfp4, quantize_fp8, quantize_mxfp4
 from moiety.model.checkpoint import load, save
 from moiety.model.packed import Packing, weights_of
 from moiety.model.tensor_file import open_tensors, read_tensors

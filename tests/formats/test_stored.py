@@ -9,7 +9,7 @@ import torch
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from moiety.errors import FormatError
-from moiety.formats import FP4_VALUES, dequantize_fp8, dequantize_mxfp4, quantize_fp8, quantize_mxfp4
+from moiety.formats.stored import FP4_VALUES, dequantize_fp8, dequantize_mxfp4, quantize_fp8, quantize_mxfp4
 
 FP8 = torch.float8_e4m3fn
 

@@ -1,0 +1,264 @@
+"""Products with packed weights on a CPU, by the C kernels in `native/`: for inference, without gradients.
+
+The weights stay as `moiety.formats.tiles` packed them; activations are float32, and before they meet an integer format
+each group of columns of a row is rounded to eight bits with a scale of its own. Every output is summed in one fixed
+order, so it does not depend on what else is in the batch. The instruction set is the processor's best, or the one in
+MOIETY_CPU_LEVEL. Without the compiled kernels torch multiplies after unpacking, which `doctor` reports.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from dataclasses import dataclass
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moiety.backends import reference
+from moiety.backends.weights import CLAMPED, ExpertWeights
+from moiety.errors import DependencyError
+from moiety.formats import Format
+from moiety.formats.tiles import ROWS, PackedWeight, unpack
+from moiety.routing import Routing
+
+__all__ = [
+    "LEVELS",
+    "Matrix",
+    "PackedExpertWeights",
+    "expert_mlp",
+    "grouped_linear",
+    "level",
+    "levels",
+    "linear",
+]
+
+LEVELS = ("portable", "avx2", "avx512", "amx")  # in the order of `enum level`
+LEVEL_VARIABLE = "MOIETY_CPU_LEVEL"
+ACTIVATIONS = {"none": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4, CLAMPED: 5}  # of `enum activation`
+ALIGN = 64
+
+
+class _CMatrix(ctypes.Structure):
+    _fields_ = [
+        ("tiles", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("experts", "row_blocks", "groups", "tile_bytes", "rows", "columns")
+        ),
+        ("kind", ctypes.c_int32),
+        ("group", ctypes.c_int32),
+    ]
+
+
+class _CCrew(ctypes.Structure):
+    _fields_ = [("parallel", ctypes.c_void_p), ("threads", ctypes.c_int32), ("level", ctypes.c_int32)]
+
+
+def _kind(form: Format) -> int:
+    """The number of a format's codes in `enum kind`."""
+    if form.kind == "integer":
+        return 3 if form.bits == 8 else 5 if form.minimum else 4
+    if form.kind == "table":
+        return 6 if form.scale_bits == 8 else 7
+    return ("float32", "bfloat16", "float8").index(form.kind)
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    """The compiled kernels, or None where the package was built without a compiler."""
+    folder = Path(__file__).parent
+    found = [path for suffix in EXTENSION_SUFFIXES if (path := folder / f"_native{suffix}").is_file()]
+    if not found:
+        return None
+    library = ctypes.CDLL(str(found[0]))
+    pointer, wide, small = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+    library.moiety_best_level.restype = small
+    library.moiety_grouped_linear.restype = library.moiety_experts.restype = wide
+    library.moiety_grouped_linear.argtypes = [
+        pointer,
+        pointer,
+        wide,
+        wide,
+        pointer,
+        pointer,
+        pointer,
+        pointer,
+    ]
+    library.moiety_experts.argtypes = [pointer, pointer, small, small, ctypes.c_float, pointer, wide, wide]
+    library.moiety_experts.argtypes += [pointer, pointer, pointer, wide, pointer, pointer, pointer]
+    return library
+
+
+@functools.cache
+def _torch_threads() -> int:
+    """The address of the GOMP_parallel that torch runs on, so that no second set of threads is made; 0 without."""
+    try:
+        return ctypes.cast(ctypes.CDLL("libgomp.so.1").GOMP_parallel, ctypes.c_void_p).value or 0
+    except (OSError, AttributeError):
+        return 0
+
+
+def levels() -> tuple[str, ...]:
+    """Instruction sets that can be used here, the best last; none without the compiled kernels."""
+    library = _library()
+    return () if library is None else LEVELS[: library.moiety_best_level() + 1]
+
+
+@functools.cache
+def level() -> str:
+    """The instruction set in use; empty without the compiled kernels.
+
+    Raises:
+        DependencyError: MOIETY_CPU_LEVEL names one that this machine does not have.
+    """
+    asked, usable = os.environ.get(LEVEL_VARIABLE, ""), levels()
+    if asked and asked not in usable:
+        raise DependencyError(
+            f"{LEVEL_VARIABLE} is {asked!r}; this machine can use {', '.join(usable) or 'none'}",
+            hint="unset it to let the best be chosen",
+        )
+    return asked or (usable[-1] if usable else "")
+
+
+@functools.cache
+def _crew(threads: int, name: str) -> _CCrew:
+    return _CCrew(_torch_threads(), threads, LEVELS.index(name))
+
+
+class Matrix:
+    """A packed weight, ready to be multiplied with.
+
+    Args:
+        weight: Packed.
+        bias: (rows,) or (E, rows), or None; it is kept in float32.
+    """
+
+    def __init__(self, weight: PackedWeight, bias: Tensor | None = None) -> None:
+        self.weight = weight
+        self.bias = None if bias is None else bias.float().reshape(weight.experts, weight.rows)
+        self._bias_tiles = None if self.bias is None else _bias_tiles(self.bias, weight)
+        experts, row_blocks, groups, tile_bytes = weight.tiles.shape
+        assert weight.tiles.is_contiguous() and weight.tiles.device.type == "cpu", weight.tiles.shape
+        self._as_c = _CMatrix(
+            weight.tiles.data_ptr(),
+            None if self._bias_tiles is None else self._bias_tiles.data_ptr(),
+            experts,
+            row_blocks,
+            groups,
+            tile_bytes,
+            weight.rows,
+            weight.columns,
+            _kind(weight.form),
+            weight.form.group,
+        )
+        self.address = ctypes.addressof(self._as_c)
+
+    def unpacked(self) -> Tensor:
+        """(E, rows, columns) float32."""
+        return unpack(self.weight)
+
+
+def _bias_tiles(bias_EF: Tensor, weight: PackedWeight) -> Tensor:
+    """A bias in the order of the packed rows, padded like them, (E, row blocks * 16)."""
+    halves = bias_EF.unflatten(1, (2, -1)) if weight.interleaved else bias_EF[:, None]
+    padded = torch.nn.functional.pad(halves, (0, -halves.shape[2] % ROWS))
+    blocks: Tensor = padded.unflatten(2, (-1, ROWS)).transpose(1, 2)
+    return blocks.flatten(1).contiguous()
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PackedExpertWeights:
+    """The experts of one layer, packed.
+
+    Args:
+        up: (E, 2F, D) with interleaved halves when gated, else (E, F, D).
+        down: (E, D, F).
+        activation: A name in `weights.ACTIVATIONS`, or `CLAMPED`.
+        gated: act(gate) * up.
+        activation_limit: Of `CLAMPED`.
+    """
+
+    up: Matrix
+    down: Matrix
+    activation: str = "silu"
+    gated: bool = True
+    activation_limit: float = 7.0
+
+    def unpacked(self) -> ExpertWeights:
+        """In float32, as `reference` takes them."""
+        return ExpertWeights(
+            up=self.up.unpacked(),
+            down=self.down.unpacked(),
+            up_bias=self.up.bias,
+            down_bias=self.down.bias,
+            activation=self.activation,
+            gated=self.gated,
+            activation_limit=self.activation_limit,
+        )
+
+
+def _ready(x: Tensor) -> Tensor:
+    """Rows as the kernels read them: float32, each row contiguous."""
+    wide = x if x.dtype == torch.float32 else x.float()
+    return wide if wide.stride(-1) == 1 else wide.contiguous()
+
+
+def _scratch(size_bytes: int) -> tuple[Tensor, int]:
+    """Memory of at least this size and the address in it that starts a cache line."""
+    room = torch.empty(size_bytes + ALIGN, dtype=torch.uint8)
+    return room, -(-room.data_ptr() // ALIGN) * ALIGN
+
+
+def _call(function: Any, arguments: list[Any], crew: _CCrew, place: int) -> None:
+    """Run a kernel: once to ask how much scratch it needs, once with it. `place` is where the scratch goes."""
+    arguments.append(ctypes.addressof(crew))
+    room, arguments[place] = _scratch(function(*arguments))
+    function(*arguments)
+    del room
+
+
+def grouped_linear(x_ND: Tensor, matrix: Matrix, counts_E: Tensor) -> Tensor:
+    """y = x W_e^T + b_e for rows sorted by expert: (N, D) to (N, F), in x's dtype."""
+    weight, name = matrix.weight, level()
+    assert not weight.interleaved and x_ND.shape[1] == weight.columns, (x_ND.shape, weight.columns)
+    if not name:
+        return reference.grouped_linear(x_ND.float(), matrix.unpacked(), counts_E, matrix.bias).to(x_ND.dtype)
+    rows_ND = _ready(x_ND)
+    y_NF = torch.empty(len(x_ND), weight.rows)
+    arguments: list[Any] = [matrix.address, rows_ND.data_ptr(), len(rows_ND), rows_ND.stride(0)]
+    arguments += [counts_E.data_ptr(), y_NF.data_ptr(), None]
+    library = _library()
+    assert library is not None
+    _call(library.moiety_grouped_linear, arguments, _crew(torch.get_num_threads(), name), 6)
+    return y_NF.to(x_ND.dtype)
+
+
+def linear(x: Tensor, matrix: Matrix) -> Tensor:
+    """y = x W^T + b, (..., D) to (..., F): the grouped linear of one expert."""
+    rows = x.reshape(-1, x.shape[-1])
+    return grouped_linear(rows, matrix, torch.tensor([len(rows)])).view(*x.shape[:-1], matrix.weight.rows)
+
+
+def expert_mlp(x_TD: Tensor, routing: Routing, weights: PackedExpertWeights) -> Tensor:
+    """y[token] += weight * expert(x[token]), in x's dtype; see `reference.expert_mlp`, which defines it."""
+    name = level()
+    if not name:
+        return reference.expert_mlp(x_TD.float(), routing, weights.unpacked()).to(x_TD.dtype)
+    rows_TD, up, down = _ready(x_TD), weights.up, weights.down
+    assert x_TD.shape[1] == up.weight.columns and up.weight.interleaved == weights.gated, x_TD.shape
+    y_TD = torch.empty(len(x_TD), down.weight.rows)
+    weight_N = routing.weight_N if routing.weight_N.dtype == torch.float32 else routing.weight_N.float()
+    arguments: list[Any] = [up.address, down.address, ACTIVATIONS[weights.activation], int(weights.gated)]
+    arguments += [weights.activation_limit, rows_TD.data_ptr(), len(rows_TD), rows_TD.stride(0)]
+    arguments += [routing.token_N.data_ptr(), weight_N.data_ptr(), routing.counts_E.data_ptr(), routing.pairs]
+    arguments += [y_TD.data_ptr(), None]
+    library = _library()
+    assert library is not None
+    _call(library.moiety_experts, arguments, _crew(torch.get_num_threads(), name), 13)
+    return y_TD.to(x_TD.dtype)

@@ -1,0 +1,80 @@
+/* Products with packed weights on a CPU: what the files of this folder share. The layout of tiles is described in
+ * moiety/formats/tiles.py. Plain C; the only state is in the arguments. */
+#ifndef MOIETY_KERNELS_H
+#define MOIETY_KERNELS_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#define ROWS 16 /* of a tile, and lanes of a vector */
+
+#ifdef _WIN32
+#define EXPORT __declspec(dllexport)
+#else
+#define EXPORT __attribute__((visibility("default")))
+#endif
+
+/* Instruction sets, best last; the numbers are known to cpu.py. */
+enum level { LEVEL_PORTABLE, LEVEL_AVX2, LEVEL_AVX512, LEVEL_AMX, LEVELS };
+
+/* What a tile's codes are; the numbers are known to cpu.py. */
+enum kind { KIND_FLOAT32, KIND_BFLOAT16, KIND_FLOAT8, KIND_INT8, KIND_INT4, KIND_INT4_MINIMUM, KIND_MXFP4, KIND_NF4, KINDS };
+
+enum activation { ACT_NONE, ACT_SILU, ACT_GELU, ACT_GELU_TANH, ACT_RELU, ACT_CLAMPED, ACTIVATIONS };
+
+/* A stack of packed matrices. */
+typedef struct {
+    const uint8_t *tiles; /* (experts, row_blocks, groups, tile_bytes) */
+    const float *bias;    /* (experts, row_blocks * 16) in the order of the packed rows, or NULL */
+    int64_t experts, row_blocks, groups, tile_bytes;
+    int64_t rows, columns; /* without padding */
+    int32_t kind, group;   /* group: columns of a tile */
+} matrix;
+
+/* Rows to be multiplied, prepared for a kind of matrix: of integer kinds each group of columns has codes, a scale and the
+ * codes' sum; of the others there are the float32 numbers themselves. Padding columns are zero. */
+typedef struct {
+    const int8_t *code;   /* (rows, width) */
+    const float *value;   /* (rows, width); one of the two is NULL */
+    const float *scale;   /* (rows, groups) */
+    const int32_t *sum;   /* (rows, groups) */
+    int64_t width, groups; /* width = groups * group */
+} operand;
+
+static inline int is_integer(int32_t kind) { return kind >= KIND_INT8 && kind <= KIND_MXFP4; }
+
+/* out[i] (i < count) = the products of operand rows row[i] with the 16 weight rows of one row block, float32. */
+typedef void (*block_product)(const matrix *w, const uint8_t *tiles, const operand *x, const int64_t *row, int64_t count,
+                              float (*out)[ROWS]);
+/* Prepare one row of `columns` float32 numbers as row `into` of an operand. */
+typedef void (*prepare_row)(const matrix *w, const float *x, int8_t *code, float *value, float *scale, int32_t *sum);
+/* hidden[i] = activation(gate[i]) * up[i], 16 numbers; up is NULL without a gate. */
+typedef void (*activate_row)(int32_t activation, float limit, const float *gate, const float *up, float *hidden);
+
+typedef struct {
+    block_product product;
+    prepare_row prepare;
+    activate_row activate;
+} level_table;
+
+extern const level_table portable_table;
+#if defined(__x86_64__)
+extern const level_table avx2_table, avx512_table, amx_table;
+#endif
+const level_table *table_of(int32_t level);
+
+/* Threads: `parallel` has the form of libgomp's GOMP_parallel, so that torch's own threads can be lent; with NULL threads
+ * are made for each call. Work is a list of phases; the tasks of one are all done before the next begins. */
+typedef void (*parallel_call)(void (*body)(void *), void *data, unsigned threads, unsigned flags);
+typedef struct {
+    parallel_call parallel;
+    int32_t threads, level;
+} crew;
+typedef void (*task)(void *job, int64_t number);
+typedef struct {
+    task run;
+    int64_t tasks;
+} phase;
+void run_phases(const crew *who, void *job, const phase *phases, int64_t count);
+
+#endif

@@ -1,0 +1,47 @@
+/* The level that every processor has: plain C, left to the compiler. */
+#define LEVEL_NAME portable
+#include "vectors.h"
+
+#define AT_ONCE 2
+
+INLINE vi dot4(vi sum, vi weight, const int8_t *x) {
+    uint8_t byte[4 * ROWS];
+    memcpy(byte, &weight, sizeof byte);
+    for (int n = 0; n < ROWS; n++)
+        for (int i = 0; i < 4; i++) sum[n] += byte[4 * n + i] * x[i];
+    return sum;
+}
+
+INLINE vi dot4_wide(vi sum, vi weight, const int8_t *x) { return dot4(sum, weight, x); }
+
+INLINE vi lookup_bytes(const uint8_t table[16], vi index) {
+    uint8_t byte[4 * ROWS];
+    memcpy(byte, &index, sizeof byte);
+    for (int n = 0; n < 4 * ROWS; n++) byte[n] = table[byte[n]];
+    memcpy(&index, byte, sizeof byte);
+    return index;
+}
+
+INLINE vf lookup_floats(const float table[16], vi index) {
+    vf found;
+    for (int n = 0; n < ROWS; n++) found[n] = table[index[n]];
+    return found;
+}
+
+/* 16 float16 numbers: exponent and fraction move into place, and 2 ** 112 repairs the bias, subnormal numbers included. */
+INLINE vf widen_halves(const uint8_t *at) {
+    vi bits;
+    for (int n = 0; n < ROWS; n++) {
+        uint16_t half;
+        memcpy(&half, at + 2 * n, sizeof half);
+        bits[n] = half;
+    }
+    const vi size = bits & 0x7fff;
+    const vi special = size >= 0x7c00; /* infinite or not a number: the largest exponent stays the largest */
+    const vf number = pick(special, (vf)(size << 13 | 0x7f800000), (vf)(size << 13) * 0x1p112f);
+    return (vf)((vi)number | (bits & 0x8000) << 16);
+}
+
+#include "tile.h"
+
+const level_table portable_table = {portable_product, portable_prepare, portable_activate};

@@ -1,0 +1,299 @@
+/* Who does what: threads, phases, and the two whole operations, a grouped linear and a layer's experts. */
+#if !defined(_GNU_SOURCE)
+#define _GNU_SOURCE
+#endif
+#include <pthread.h>
+#include <sched.h>
+#include <stdatomic.h>
+#include <string.h>
+
+#include "kernels.h"
+
+#define TASK_BYTES (192 << 10) /* of weights: large enough to hide the queue, small enough to share evenly */
+#define PANEL 128              /* rows whose operands stay in the second cache while a task's weights pass */
+#define ALIGN 64
+
+const level_table *table_of(int32_t level) {
+#if defined(__x86_64__)
+    if (level == LEVEL_AVX2) return &avx2_table;
+    if (level == LEVEL_AVX512) return &avx512_table;
+#endif
+    return &portable_table;
+}
+
+EXPORT int32_t moiety_best_level(void) {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (!(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))) return LEVEL_PORTABLE;
+    if (!(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni")))
+        return LEVEL_AVX2;
+    return LEVEL_AVX512;
+#else
+    return LEVEL_PORTABLE;
+#endif
+}
+
+/* Threads */
+
+typedef struct {
+    void *job;
+    const phase *phases;
+    int64_t count;
+    atomic_llong *next, *done; /* of each phase */
+} shift;
+
+static void work(void *data) {
+    const shift *s = data;
+    for (int64_t p = 0; p < s->count; p++) {
+        const int64_t tasks = s->phases[p].tasks;
+        int64_t number, finished = 0;
+        while ((number = atomic_fetch_add_explicit(&s->next[p], 1, memory_order_relaxed)) < tasks) {
+            s->phases[p].run(s->job, number);
+            finished++;
+        }
+        if (finished) atomic_fetch_add_explicit(&s->done[p], finished, memory_order_acq_rel);
+        for (int64_t turn = 0; atomic_load_explicit(&s->done[p], memory_order_acquire) < tasks; turn++)
+            if (turn > 2000) sched_yield(); /* more threads than cores: let the others finish */
+    }
+}
+
+static void *work_thread(void *data) {
+    work(data);
+    return NULL;
+}
+
+#define MOST_PHASES 8
+#define MOST_THREADS 256
+
+void run_phases(const crew *who, void *job, const phase *phases, int64_t count) {
+    atomic_llong next[MOST_PHASES], done[MOST_PHASES];
+    int64_t widest = 0;
+    for (int64_t p = 0; p < count; p++) {
+        atomic_init(&next[p], 0);
+        atomic_init(&done[p], 0);
+        widest = phases[p].tasks > widest ? phases[p].tasks : widest;
+    }
+    shift s = {job, phases, count, next, done};
+    int32_t threads = who->threads < MOST_THREADS ? who->threads : MOST_THREADS;
+    if (widest < threads) threads = (int32_t)widest;
+    if (threads <= 1) {
+        work(&s);
+    } else if (who->parallel) {
+        who->parallel(work, &s, (unsigned)threads, 0);
+    } else {
+        pthread_t made[MOST_THREADS];
+        int32_t running = 0;
+        while (running < threads - 1 && pthread_create(&made[running], NULL, work_thread, &s) == 0) running++;
+        work(&s);
+        for (int32_t i = 0; i < running; i++) pthread_join(made[i], NULL);
+    }
+}
+
+/* Scratch memory, laid out by one cursor; with a NULL base it only counts. */
+
+typedef struct {
+    char *base;
+    int64_t used;
+} cursor;
+
+static void *take(cursor *at, int64_t bytes) {
+    void *found = at->base ? at->base + at->used : NULL;
+    at->used += (bytes + ALIGN - 1) / ALIGN * ALIGN;
+    return found;
+}
+
+static operand take_operand(cursor *at, const matrix *w, int64_t rows) {
+    operand x = {.width = w->groups * w->group, .groups = w->groups};
+    if (is_integer(w->kind)) {
+        x.code = take(at, rows * x.width);
+        x.scale = take(at, rows * x.groups * 4);
+        x.sum = take(at, rows * x.groups * 4);
+    } else {
+        x.value = take(at, rows * x.width * 4);
+    }
+    return x;
+}
+
+static void prepare_one(const level_table *table, const matrix *w, const float *from, const operand *x, int64_t row) {
+    table->prepare(w, from, (int8_t *)x->code + row * x->width, (float *)x->value + row * x->width,
+                   (float *)x->scale + row * x->groups, (int32_t *)x->sum + row * x->groups);
+}
+
+/* One product: the rows of each expert with its matrix. Tasks go over (expert with rows, run of row blocks). */
+
+typedef struct {
+    const level_table *table;
+    const matrix *w;
+    operand x;
+    const int64_t *row_of;  /* (N) operand row of each pair; the pairs of an expert follow each other */
+    const int64_t *first;   /* (experts + 1) */
+    const int64_t *busy;    /* experts with rows */
+    int64_t busy_count, run, runs; /* row blocks of a task, tasks of an expert */
+    int32_t activation, gated;
+    float limit;
+    float *y;               /* (N, y_width), or the hidden rows after an activation */
+    int64_t y_width, y_columns; /* width of a row, and how many numbers of it are written */
+} product;
+
+static void plan_runs(product *p, int32_t threads) {
+    const int64_t unit = p->gated ? 2 : 1, block_bytes = p->w->groups * p->w->tile_bytes;
+    int64_t run = TASK_BYTES / (block_bytes * unit);
+    const int64_t units = p->w->row_blocks / unit, wanted = 4 * (int64_t)threads;
+    if (p->busy_count && units * p->busy_count / (run ? run : 1) < wanted) run = units * p->busy_count / wanted;
+    p->run = run < 1 ? 1 : run > units ? (units ? units : 1) : run;
+    p->runs = (units + p->run - 1) / p->run;
+}
+
+static void store(const product *p, int64_t pair, int64_t block, const float *from) {
+    const int64_t left = p->y_columns - block * ROWS;
+    memcpy(p->y + pair * p->y_width + block * ROWS, from, (left < ROWS ? left : ROWS) * sizeof(float));
+}
+
+static void add_bias(const product *p, int64_t expert, int64_t block, int64_t count, float (*out)[ROWS]) {
+    if (!p->w->bias) return;
+    const float *bias = p->w->bias + (expert * p->w->row_blocks + block) * ROWS;
+    for (int64_t i = 0; i < count; i++)
+        for (int n = 0; n < ROWS; n++) out[i][n] += bias[n];
+}
+
+static void product_task(const product *p, int64_t number) {
+    const int64_t expert = p->busy[number / p->runs], unit = p->gated ? 2 : 1;
+    const int64_t from = number % p->runs * p->run, units = p->w->row_blocks / unit;
+    const int64_t to = from + p->run < units ? from + p->run : units;
+    const int64_t block_bytes = p->w->groups * p->w->tile_bytes;
+    const uint8_t *tiles = p->w->tiles + expert * p->w->row_blocks * block_bytes;
+    float gate[PANEL][ROWS] __attribute__((aligned(ALIGN))), up[PANEL][ROWS] __attribute__((aligned(ALIGN)));
+    for (int64_t start = p->first[expert]; start < p->first[expert + 1]; start += PANEL) {
+        const int64_t left = p->first[expert + 1] - start, count = left < PANEL ? left : PANEL;
+        for (int64_t b = from; b < to; b++) {
+            const uint8_t *at = tiles + b * unit * block_bytes;
+            p->table->product(p->w, at, &p->x, p->row_of + start, count, gate);
+            add_bias(p, expert, b * unit, count, gate);
+            if (p->gated) {
+                p->table->product(p->w, at + block_bytes, &p->x, p->row_of + start, count, up);
+                add_bias(p, expert, b * unit + 1, count, up);
+            }
+            for (int64_t i = 0; i < count; i++) {
+                if (p->activation != ACT_NONE)
+                    p->table->activate(p->activation, p->limit, gate[i], p->gated ? up[i] : NULL, gate[i]);
+                store(p, start + i, b, gate[i]);
+            }
+        }
+    }
+}
+
+/* Experts of one layer, and a grouped linear as the first half of it */
+
+typedef struct {
+    const level_table *table;
+    const matrix *up, *down;
+    const float *x;         /* (T, x_stride) */
+    int64_t tokens, x_stride, pairs;
+    const int64_t *token_of; /* (N), or NULL: pair i is row i */
+    const float *weight_of;  /* (N), or NULL: 1 */
+    float *y;                /* (T, columns of y), or (N, ...) for a grouped linear */
+    product first, second;
+    operand hidden_operand;
+    float *hidden, *answers; /* (N, F), (N, D) */
+    const int64_t *pair_of, *first_pair; /* pairs of a token in ascending expert order: (N), (T + 1) */
+} job;
+
+static void prepare_task(void *data, int64_t token) {
+    const job *j = data;
+    prepare_one(j->table, j->up, j->x + token * j->x_stride, &j->first.x, token);
+}
+
+static void up_task(void *data, int64_t number) { product_task(&((const job *)data)->first, number); }
+
+static void hidden_task(void *data, int64_t pair) {
+    const job *j = data;
+    prepare_one(j->table, j->down, j->hidden + pair * j->first.y_width, &j->hidden_operand, pair);
+}
+
+static void down_task(void *data, int64_t number) { product_task(&((const job *)data)->second, number); }
+
+static void sum_task(void *data, int64_t token) {
+    const job *j = data;
+    const int64_t width = j->second.y_width;
+    float *y = j->y + token * width;
+    memset(y, 0, width * sizeof(float));
+    for (int64_t i = j->first_pair[token]; i < j->first_pair[token + 1]; i++) {
+        const int64_t pair = j->pair_of[i];
+        const float weight = j->weight_of ? j->weight_of[pair] : 1, *from = j->answers + pair * width;
+        for (int64_t d = 0; d < width; d++) y[d] += weight * from[d];
+    }
+}
+
+/* first[e] .. first[e + 1] are the pairs of expert e; busy ones are listed. Returns how many are busy. */
+static int64_t bounds(const int64_t *counts, int64_t experts, int64_t *first, int64_t *busy) {
+    int64_t found = 0;
+    first[0] = 0;
+    for (int64_t e = 0; e < experts; e++) {
+        first[e + 1] = first[e] + counts[e];
+        if (counts[e]) busy[found++] = e;
+    }
+    return found;
+}
+
+/* Pairs by token; experts ascend because pairs are sorted by expert. */
+static void by_token(const int64_t *token_of, int64_t pairs, int64_t tokens, int64_t *pair_of, int64_t *first_pair) {
+    memset(first_pair, 0, (tokens + 1) * sizeof *first_pair);
+    for (int64_t i = 0; i < pairs; i++) first_pair[token_of[i] + 1]++;
+    for (int64_t t = 0; t < tokens; t++) first_pair[t + 1] += first_pair[t];
+    for (int64_t i = 0; i < pairs; i++) pair_of[first_pair[token_of[i]]++] = i;
+    memmove(first_pair + 1, first_pair, tokens * sizeof *first_pair);
+    first_pair[0] = 0;
+}
+
+/* y[i] = W_e x[i] + b_e for rows sorted by expert. Returns the bytes of scratch needed when scratch is NULL, else 0. */
+EXPORT int64_t moiety_grouped_linear(const matrix *w, const float *x, int64_t rows, int64_t x_stride, const int64_t *counts,
+                                     float *y, char *scratch, const crew *who) {
+    cursor at = {scratch, 0};
+    job j = {.table = table_of(who->level), .up = w, .x = x, .tokens = rows, .x_stride = x_stride, .pairs = rows};
+    j.first = (product){.table = j.table, .w = w, .x = take_operand(&at, w, rows), .y = y, .y_width = w->rows, .y_columns = w->rows};
+    int64_t *row_of = take(&at, rows * 8), *first = take(&at, (w->experts + 1) * 8), *busy = take(&at, w->experts * 8);
+    if (!scratch) return at.used;
+    for (int64_t i = 0; i < rows; i++) row_of[i] = i;
+    j.first.row_of = row_of, j.first.first = first, j.first.busy = busy;
+    j.first.busy_count = bounds(counts, w->experts, first, busy);
+    plan_runs(&j.first, who->threads);
+    const phase phases[] = {{prepare_task, rows}, {up_task, j.first.busy_count * j.first.runs}};
+    run_phases(who, &j, phases, 2);
+    return 0;
+}
+
+/* y[token] = sum over its pairs of weight * down_e(activation(up_e x[token])). Returns bytes of scratch when it is NULL. */
+EXPORT int64_t moiety_experts(const matrix *up, const matrix *down, int32_t activation, int32_t gated, float limit,
+                              const float *x, int64_t tokens, int64_t x_stride, const int64_t *token_of,
+                              const float *weight_of, const int64_t *counts, int64_t pairs, float *y, char *scratch,
+                              const crew *who) {
+    cursor at = {scratch, 0};
+    job j = {.table = table_of(who->level), .up = up, .down = down, .x = x, .tokens = tokens, .x_stride = x_stride,
+             .pairs = pairs, .token_of = token_of, .weight_of = weight_of, .y = y};
+    const int64_t d_ff = down->columns;
+    j.hidden = take(&at, pairs * d_ff * 4);
+    j.answers = take(&at, pairs * down->rows * 4);
+    j.first = (product){.table = j.table, .w = up, .x = take_operand(&at, up, tokens), .row_of = token_of, .y = j.hidden,
+                        .y_width = d_ff, .y_columns = d_ff, .activation = activation, .gated = gated, .limit = limit};
+    j.hidden_operand = take_operand(&at, down, pairs);
+    j.second = (product){.table = j.table, .w = down, .x = j.hidden_operand, .y = j.answers, .y_width = down->rows,
+                         .y_columns = down->rows};
+    int64_t *row_of = take(&at, pairs * 8), *first = take(&at, (up->experts + 1) * 8), *busy = take(&at, up->experts * 8);
+    int64_t *pair_of = take(&at, pairs * 8), *first_pair = take(&at, (tokens + 1) * 8);
+    if (!scratch) return at.used;
+    for (int64_t i = 0; i < pairs; i++) row_of[i] = i;
+    by_token(token_of, pairs, tokens, pair_of, first_pair);
+    j.pair_of = pair_of, j.first_pair = first_pair, j.second.row_of = row_of;
+    j.first.first = j.second.first = first, j.first.busy = j.second.busy = busy;
+    j.first.busy_count = j.second.busy_count = bounds(counts, up->experts, first, busy);
+    plan_runs(&j.first, who->threads);
+    plan_runs(&j.second, who->threads);
+    const phase phases[] = {{prepare_task, tokens},
+                            {up_task, j.first.busy_count * j.first.runs},
+                            {hidden_task, pairs},
+                            {down_task, j.second.busy_count * j.second.runs},
+                            {sum_task, tokens}};
+    run_phases(who, &j, phases, 5);
+    return 0;
+}
