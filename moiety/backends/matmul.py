@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "multiply_rows_back",
     "multiply_rows_into",
     "prefers_onednn",
+    "project",
 ]
 
 FEWEST_ROWS = 32  # below this many rows MKL's small-matrix path is as fast (bench/matmul.py)
@@ -116,3 +117,16 @@ def linear(x: Tensor, weight_FD: Tensor, bias_F: Tensor | None = None) -> Tensor
         return F.linear(x, weight_FD, bias_F)
     y_NF: Tensor = _Linear.apply(x.reshape(rows, x.shape[-1]), weight_FD, bias_F)
     return y_NF.view(*x.shape[:-1], weight_FD.shape[0])
+
+
+def project(x: Tensor, layer: nn.Module) -> Tensor:
+    """What a projection makes of x, (..., D) to (..., F): `linear` with its weights, or a layer's own answer.
+
+    Args:
+        x: (..., D).
+        layer: An `nn.Linear`, or what stands in its place: a packed one, one with an adapter.
+    """
+    if isinstance(layer, nn.Linear):
+        return linear(x, layer.weight, layer.bias)
+    y: Tensor = layer(x)
+    return y

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moiety.backends.matmul import linear
+from moiety.backends.matmul import project
 from moiety.config import AttentionConfig
 from moiety.model.context import ForwardContext, Visible
 from moiety.model.norm import RMSNorm, unit_length
@@ -173,7 +173,7 @@ class Attention(nn.Module):
     def forward(self, x_BSD: Tensor, context: ForwardContext) -> Tensor:
         """(B, S, D) to (B, S, D); keys and values go to `context.cache` when there is one."""
         q_width, kv_width = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        q, k, v = linear(x_BSD, self.qkv.weight, self.qkv.bias).split((q_width, kv_width, kv_width), dim=-1)
+        q, k, v = project(x_BSD, self.qkv).split((q_width, kv_width, kv_width), dim=-1)
         q_BHSd = self._heads(q, self.heads, self.q_norm, context)
         q_BHSd = scaled_queries(q_BHSd, self.layer, context)
         k_BHSd = self._heads(k, self.kv_heads, self.k_norm, context)
@@ -182,4 +182,4 @@ class Attention(nn.Module):
             k_BHSd, v_BHSd = context.cache.extend(self.layer.number, k_BHSd, v_BHSd)
         seen = self.layer.visible(context)
         y_BHSd = attend(q_BHSd, k_BHSd, v_BHSd, seen, scale=self.scale, cap=self.cap, sinks_H=self.sinks)
-        return linear(y_BHSd.transpose(1, 2).flatten(2), self.out.weight, self.out.bias)
+        return project(y_BHSd.transpose(1, 2).flatten(2), self.out)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from moiety.backends.matmul import linear
+from moiety.backends.matmul import project
 from moiety.config import AttentionConfig
 from moiety.model.attention import Layer, attend, scaled_queries
 from moiety.model.context import ForwardContext
@@ -53,18 +53,16 @@ class LatentAttention(nn.Module):
     def _queries(self, x_BSD: Tensor) -> Tensor:
         """(B, S, H * (nope + rope)), through the bottleneck where there is one."""
         if self.q is not None:
-            return linear(x_BSD, self.q.weight)
+            return project(x_BSD, self.q)
         assert self.q_a is not None and self.q_a_norm is not None and self.q_b is not None
-        return linear(self.q_a_norm(linear(x_BSD, self.q_a.weight, self.q_a.bias)), self.q_b.weight)
+        return project(self.q_a_norm(project(x_BSD, self.q_a)), self.q_b)
 
     def forward(self, x_BSD: Tensor, context: ForwardContext) -> Tensor:
         """(B, S, D) to (B, S, D); latents and rotary keys go to `context.cache` when there is one."""
         q_BHSd = self._queries(x_BSD).unflatten(-1, (self.heads, self.nope + self.rope)).transpose(1, 2)
         q_nope, q_rope = q_BHSd.split((self.nope, self.rope), dim=-1)
         q_rope = self.layer.rotated(q_rope, context)
-        latent_BSR, k_rope = linear(x_BSD, self.kv_a.weight, self.kv_a.bias).split(
-            (self.rank, self.rope), dim=-1
-        )
+        latent_BSR, k_rope = project(x_BSD, self.kv_a).split((self.rank, self.rope), dim=-1)
         k_rope = self.layer.rotated(k_rope[:, None], context)
         kept_B1Kd = torch.cat([self.kv_a_norm(latent_BSR)[:, None], k_rope], dim=-1)
         absorbs = False
@@ -74,7 +72,7 @@ class LatentAttention(nn.Module):
             absorbs = self._absorbing_is_less_work(x_BSD.shape[1], kept_B1Kd.shape[2])
         compute = self._absorbed if absorbs else self._expanded
         y_BHSd = compute(q_nope, q_rope, kept_B1Kd, context)
-        return linear(y_BHSd.transpose(1, 2).flatten(2), self.out.weight, self.out.bias)
+        return project(y_BHSd.transpose(1, 2).flatten(2), self.out)
 
     def _absorbing_is_less_work(self, positions: int, keys: int) -> bool:
         """Multiply-adds of one head and sequence, either way."""
@@ -87,7 +85,7 @@ class LatentAttention(nn.Module):
         seen = self.layer.visible(context)
         kept_B1Kd = kept_B1Kd[:, :, seen.first :]
         latent_BKR, k_rope = kept_B1Kd[:, 0, :, : self.rank], kept_B1Kd[..., self.rank :]
-        both = linear(latent_BKR, self.kv_b.weight).unflatten(-1, (self.heads, self.nope + self.value))
+        both = project(latent_BKR, self.kv_b).unflatten(-1, (self.heads, self.nope + self.value))
         k_nope, v_BHKd = both.transpose(1, 2).split((self.nope, self.value), dim=-1)
         k_BHKd = torch.cat([k_nope, k_rope.expand(-1, self.heads, -1, -1)], dim=-1)
         q_BHSd = scaled_queries(torch.cat([q_nope, q_rope], dim=-1), self.layer, context)
