@@ -75,6 +75,8 @@ def _fits(value: Any, wanted: Any) -> bool:
         return any(_fits(value, part) for part in typing.get_args(wanted))
     if origin is tuple:
         return isinstance(value, tuple) and all(_fits(v, typing.get_args(wanted)[0]) for v in value)
+    if origin is Mapping:
+        return isinstance(value, Mapping) and all(map(_fits, item, typing.get_args(wanted)) for item in value.items())
     if wanted is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if wanted is int:
