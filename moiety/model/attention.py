@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from moiety.backends.matmul import project
 from moiety.config import AttentionConfig
-from moiety.model.context import ForwardContext, Visible
+from moiety.model.context import ForwardContext, Visible, by_sequence
 from moiety.model.norm import RMSNorm, unit_length
 from moiety.model.rope import rotate
 
@@ -171,9 +171,13 @@ class Attention(nn.Module):
         return x.clamp(-self.clip, self.clip) if self.clip else x
 
     def forward(self, x_BSD: Tensor, context: ForwardContext) -> Tensor:
-        """(B, S, D) to (B, S, D); keys and values go to `context.cache` when there is one."""
+        """(B, S, D) to (B, S, D); keys and values go to the context's cache when there is one."""
+        return project(by_sequence(self._mixed, context, project(x_BSD, self.qkv)), self.out)
+
+    def _mixed(self, context: ForwardContext, qkv: Tensor) -> Tensor:
+        """What the heads answer, (B, S, H * head_dim)."""
         q_width, kv_width = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        q, k, v = project(x_BSD, self.qkv).split((q_width, kv_width, kv_width), dim=-1)
+        q, k, v = qkv.split((q_width, kv_width, kv_width), dim=-1)
         q_BHSd = self._heads(q, self.heads, self.q_norm, context)
         q_BHSd = scaled_queries(q_BHSd, self.layer, context)
         k_BHSd = self._heads(k, self.kv_heads, self.k_norm, context)
@@ -182,4 +186,4 @@ class Attention(nn.Module):
             k_BHSd, v_BHSd = context.cache.extend(self.layer.number, k_BHSd, v_BHSd)
         seen = self.layer.visible(context)
         y_BHSd = attend(q_BHSd, k_BHSd, v_BHSd, seen, scale=self.scale, cap=self.cap, sinks_H=self.sinks)
-        return project(y_BHSd.transpose(1, 2).flatten(2), self.out)
+        return y_BHSd.transpose(1, 2).flatten(2)
