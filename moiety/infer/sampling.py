@@ -17,14 +17,9 @@ from torch import Tensor
 from moiety.errors import MoietyError
 from moiety.infer.options import SamplingOptions
 
-__all__ = ["Draw", "NOT_FINITE", "adjusted", "best", "sample", "uniform"]
+__all__ = ["Draw", "adjust", "best", "not_finite", "sample", "uniform"]
 
 BEST_FIRST = 1024  # so many best tokens nearly always hold top_p, and are found much faster than by sorting all
-NOT_FINITE = MoietyError(
-    "the model's logits are not finite, so no token can be drawn",
-    hint="the weights are damaged or overflow in this dtype; try fp32, or another checkpoint",
-)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Draw:
@@ -43,10 +38,18 @@ class Draw:
     forbidden: frozenset[int] = frozenset()
 
 
+def not_finite() -> MoietyError:
+    """What is wrong when a logit is not a number."""
+    return MoietyError(
+        "the model's logits are not finite, so no token can be drawn",
+        hint="the weights are damaged or overflow in this dtype; try fp32, or another checkpoint",
+    )
+
+
 def uniform(seed: int, number: int) -> float:
     """The random number of the `number`-th token, from 0 to below 1."""
     digest = hashlib.blake2b(f"{seed} {number}".encode(), digest_size=8).digest()
-    return (int.from_bytes(digest, "little") >> 11) / 2**53
+    return (int.from_bytes(digest, "little") >> 12) / 2**52
 
 
 def sample(logits_BV: Tensor, draws: Sequence[Draw]) -> Tensor:
@@ -61,20 +64,28 @@ def sample(logits_BV: Tensor, draws: Sequence[Draw]) -> Tensor:
     """
     assert len(logits_BV) == len(draws), (logits_BV.shape, len(draws))
     if not bool(logits_BV.isfinite().all()):
-        raise NOT_FINITE
-    logits_BV = torch.stack([adjusted(row_V, draw) for row_V, draw in zip(logits_BV, draws, strict=True)])
+        raise not_finite()
+    logits_BV = logits_BV.to("cpu", torch.float32, copy=any(map(_changes, draws)))
+    for row_V, draw in zip(logits_BV, draws, strict=True):
+        if _changes(draw):
+            adjust(row_V, draw)
     drawn_B = logits_BV.argmax(dim=-1)
-    rows = [row for row, draw in enumerate(draws) if draw.options.temperature > 0]
-    if rows:
-        some = [draws[row] for row in rows]
-        drawn_B[rows] = _drawn(logits_BV[rows], some)
+    for row, draw in enumerate(draws):
+        if draw.options.temperature > 0:
+            drawn_B[row] = _drawn(logits_BV[row], draw)
     return drawn_B
 
 
-def adjusted(logits_V: Tensor, draw: Draw) -> Tensor:
-    """The logits after penalties, biases and what is forbidden, float32."""
+def _changes(draw: Draw) -> bool:
+    """True if logits are not drawn from as they are."""
     options = draw.options
-    logits_V = logits_V.to(torch.float32, copy=True)
+    penalties = (options.repetition_penalty - 1, options.presence_penalty, options.frequency_penalty)
+    return any(penalties) or bool(options.logit_bias) or bool(draw.forbidden)
+
+
+def adjust(logits_V: Tensor, draw: Draw) -> None:
+    """Penalties, biases and what is forbidden, in place; float32."""
+    options = draw.options
     if options.repetition_penalty != 1:
         seen = torch.tensor(sorted({*draw.prompt, *draw.answer}), dtype=torch.int64)
         logit = logits_V[seen]
@@ -87,44 +98,42 @@ def adjusted(logits_V: Tensor, draw: Draw) -> Tensor:
         logits_V[list(options.logit_bias)] += torch.tensor(list(options.logit_bias.values()))
     if draw.forbidden:
         logits_V[list(draw.forbidden)] = float("-inf")
-    return logits_V
 
 
-def _drawn(logits_BV: Tensor, draws: Sequence[Draw]) -> Tensor:
-    """A token of each row at its temperature, after the filters, (B,)."""
-    temperature_B1 = torch.tensor([[draw.options.temperature] for draw in draws])
-    shifted_BV = (logits_BV - logits_BV.amax(dim=-1, keepdim=True)) / temperature_B1
-    probability_BV = shifted_BV.softmax(-1)
-    for row, draw in enumerate(draws):
-        if draw.options.top_k or draw.options.top_p < 1:
-            _keep_best(probability_BV[row], draw.options.top_k, draw.options.top_p)
-    least_B1 = torch.tensor([[draw.options.min_p] for draw in draws])
-    probability_BV[probability_BV < least_B1 * probability_BV.amax(-1, keepdim=True)] = 0
-    passed_BV = probability_BV.double().cumsum(-1)
-    chance_B1 = torch.tensor(
-        [[uniform(draw.options.seed, len(draw.answer))] for draw in draws], dtype=torch.float64
-    )
-    # right: a token of probability 0 never is the first that passes
-    return torch.searchsorted(passed_BV, chance_B1 * passed_BV[:, -1:], right=True)[:, 0]
+def _drawn(logits_V: Tensor, draw: Draw) -> Tensor:
+    """The token at a temperature, after the filters: an integer."""
+    options = draw.options
+    probability_C = ((logits_V - logits_V.amax()) / options.temperature).softmax(-1)
+    token_C = None
+    if options.top_k or options.top_p < 1:
+        token_C = _kept(probability_C, options.top_k, options.top_p).sort().values
+        probability_C = probability_C[token_C]
+    if options.min_p:
+        probability_C[probability_C < options.min_p * probability_C.amax()] = 0
+    passed_C = probability_C.cumsum(-1, dtype=torch.float64)
+    chance = uniform(options.seed, len(draw.answer)) * passed_C[-1]
+    place = torch.searchsorted(passed_C, chance, right=True)  # right: a token of probability 0 is never the first
+    return place if token_C is None else token_C[place]
 
 
-def _keep_best(probability_V: Tensor, top_k: int, top_p: float) -> None:
-    """Set all probabilities to 0 but those that top-k, then top-p keep; of equal ones the lower token is kept."""
+def _kept(probability_V: Tensor, top_k: int, top_p: float) -> Tensor:
+    """The tokens that top-k, then top-p keep; of equal ones the lower is kept."""
     size = len(probability_V)
-    for count in (min(BEST_FIRST, size), size):
+    for count in (BEST_FIRST, 16 * BEST_FIRST, size):
         best_C, token_C = best(probability_V, min(count, top_k or size))
         share_C = best_C.double()
         total = share_C.sum() if top_k else probability_V.sum(dtype=torch.float64)
         kept_C = share_C.cumsum(0) - share_C < top_p * total
-        if len(best_C) == (top_k or size) or not bool(kept_C[-1]):
+        if len(best_C) == min(top_k or size, size) or not bool(kept_C[-1]):
             break
-    probability_V.zero_()
-    probability_V[token_C[kept_C]] = best_C[kept_C]
+    return token_C[kept_C]
 
 
 def best(values_V: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The `count` largest values in order and where they stand; of equal ones the lower place comes first."""
-    values_C, place_C = values_V.topk(min(count + 1, len(values_V)))
-    if len(values_C) > 1 and bool((values_C[1:] == values_C[:-1]).any()):  # topk takes any of equal ones
-        values_C, place_C = values_V.sort(descending=True, stable=True)
-    return values_C[:count], place_C[:count]
+    values_C, place_C = values_V.topk(min(count, len(values_V)))  # of equal ones topk takes any, in any order
+    above = int((values_C > values_C[-1]).sum())
+    equal_C = (values_V == values_C[-1]).nonzero()[: len(values_C) - above, 0]
+    place_C = torch.cat([place_C[:above].sort().values, equal_C])
+    values_C, order_C = values_V[place_C].sort(descending=True, stable=True)
+    return values_C, place_C[order_C]
