@@ -17,6 +17,7 @@ from typing import final
 __all__ = ["Pages", "Table"]
 
 Link = int | str
+Key = tuple[Link, tuple[int, ...]]
 
 
 @final
@@ -50,8 +51,8 @@ class Pages:
         self._references = [0] * count
         self._free = list(range(count))[::-1]
         self._idle: dict[int, None] = {}  # findable and held by nobody, the longest unused first
-        self._found: dict[tuple[Link, tuple[int, ...]], int] = {}
-        self._key: dict[int, tuple[Link, tuple[int, ...]]] = {}
+        self._found: dict[Key, int] = {}
+        self._key: dict[int, Key] = {}
         self._link: dict[int, int] = {}
         self._links_given = 0
 
@@ -102,10 +103,8 @@ class Pages:
 
         Where an equal page was published already, the table holds that one from now on and gives its own back.
         """
-        size = self.page_tokens
-        while self.prefix_cache and (table.published + 1) * size <= computed:
+        while (key := self.next_key(table, tokens, computed)) is not None:
             place = table.published
-            key = (table.link, tuple(tokens[place * size : (place + 1) * size]))
             page, known = table.pages[place], self._found.get(key)
             if known is None:
                 self._found[key], self._key[page], self._link[page] = page, key, self._links_given
@@ -116,6 +115,13 @@ class Pages:
                 self._drop(page)
             table.link = self._link[table.pages[place]]
             table.published += 1
+
+    def next_key(self, table: Table, tokens: Sequence[int], count: int) -> Key | None:
+        """Key of the first page that the table has not published; None if it is not full with `count` tokens."""
+        start = table.published * self.page_tokens
+        if not self.prefix_cache or start + self.page_tokens > count:
+            return None
+        return table.link, tuple(tokens[start : start + self.page_tokens])
 
     def release(self, table: Table) -> None:
         """Give all pages of a table back; what was published stays findable for now."""

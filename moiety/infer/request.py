@@ -79,11 +79,6 @@ class Request:
         """Most tokens that will be in pages at a time."""
         return len(self.prompt) + self.most - 1
 
-    @property
-    def forbidden(self) -> frozenset[int]:
-        """Tokens that may not be drawn next, because the answer is too short to end."""
-        return self.ends if self.drawn < self.options.min_tokens else frozenset()
-
     def append(self, token: int, time_s: float = 0.0) -> str:
         """Take the next token of the answer, which may end it (`reason` says so); the text it lets out."""
         assert self.reason is None, (self.number, self.reason)

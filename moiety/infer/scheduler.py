@@ -116,6 +116,9 @@ class Scheduler:
         if len(self.running) >= self._max_requests:
             return False
         reused = self.pages.reuse(request.table, request.tokens)
+        if any(self._computes(other, request) for other in self.running):
+            self.pages.release(request.table)
+            return False
         missing = self.pages.needed(len(request.tokens)) - len(request.table.pages)
         if self.pages.available - missing < len(self.running):
             self.pages.release(request.table)
@@ -125,6 +128,11 @@ class Scheduler:
         request.reused += reused
         self.running.append(request)
         return True
+
+    def _computes(self, other: Request, request: Request) -> bool:
+        """True if the page that a new request lacks is in another one's prompt and will be there after a step or two."""
+        wanted = self.pages.next_key(request.table, request.tokens, len(request.tokens) - 1)
+        return wanted is not None and wanted == self.pages.next_key(other.table, other.prompt, len(other.prompt))
 
     def _make_room(self, request: Request, tokens: int) -> bool:
         """Pages for so many tokens of a running request, the youngest's if need be; False if that was itself."""
