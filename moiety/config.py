@@ -76,7 +76,8 @@ def _fits(value: Any, wanted: Any) -> bool:
     if origin is tuple:
         return isinstance(value, tuple) and all(_fits(v, typing.get_args(wanted)[0]) for v in value)
     if origin is Mapping:
-        return isinstance(value, Mapping) and all(map(_fits, item, typing.get_args(wanted)) for item in value.items())
+        pairs = value.items() if isinstance(value, Mapping) else [(None, None)]
+        return all(all(map(_fits, pair, typing.get_args(wanted))) for pair in pairs)
     if wanted is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if wanted is int:

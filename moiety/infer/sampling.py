@@ -119,12 +119,12 @@ def _drawn(logits_V: Tensor, draw: Draw) -> Tensor:
 def _kept(probability_V: Tensor, top_k: int, top_p: float) -> Tensor:
     """The tokens that top-k, then top-p keep; of equal ones the lower is kept."""
     size = len(probability_V)
-    for count in (BEST_FIRST, 16 * BEST_FIRST, size):
-        best_C, token_C = best(probability_V, min(count, top_k or size))
+    for count in (top_k,) if top_k else (BEST_FIRST, 16 * BEST_FIRST, size):
+        best_C, token_C = best(probability_V, count)
         share_C = best_C.double()
         total = share_C.sum() if top_k else probability_V.sum(dtype=torch.float64)
         kept_C = share_C.cumsum(0) - share_C < top_p * total
-        if len(best_C) == min(top_k or size, size) or not bool(kept_C[-1]):
+        if not bool(kept_C[-1]):
             break
     return token_C[kept_C]
 
