@@ -26,7 +26,9 @@ def chat(
     sampling: Annotated[SamplingOptions, Parameter(name="*")] = SamplingOptions(),
     backend: Annotated[str, Parameter(help="who multiplies the experts")] = "auto",
     experts_per_token: Annotated[int, Parameter(help="use this many; 0 is the model's own number")] = 0,
-    plain: Annotated[bool, Parameter(negative="", help="one token after the other, without the engine")] = False,
+    plain: Annotated[
+        bool, Parameter(negative="", help="one token after the other, without the engine")
+    ] = False,
     router: Annotated[str, Parameter(help="import this module:Class, which the model's config names")] = "",
 ) -> int:
     """Each line you type is answered; a model without a chat template continues it to the line's end.

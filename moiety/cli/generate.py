@@ -35,7 +35,9 @@ def generate(
     sampling: Annotated[SamplingOptions, Parameter(name="*")] = SamplingOptions(),
     backend: Annotated[str, Parameter(help="who multiplies the experts")] = "auto",
     experts_per_token: Annotated[int, Parameter(help="use this many; 0 is the model's own number")] = 0,
-    plain: Annotated[bool, Parameter(negative="", help="one token after the other, without the engine")] = False,
+    plain: Annotated[
+        bool, Parameter(negative="", help="one token after the other, without the engine")
+    ] = False,
     router: Annotated[str, Parameter(help="import this module:Class, which the model's config names")] = "",
     json: Annotated[bool, Parameter(negative="", help="print JSON")] = False,
 ) -> int:
@@ -53,7 +55,8 @@ def generate(
     asked = [prompt for prompt in prompts or ("",) for _ in range(n)]
     if n < 1 or (plain and (len(asked) > 1 or stop or draft)):
         raise UsageError(
-            f"n is {n}, there are {len(asked)} answers to give" + (", and --plain gives one" if plain else ""),
+            f"n is {n}, there are {len(asked)} answers to give"
+            + (", and --plain gives one" if plain else ""),
             hint="n is at least 1; --plain takes one prompt, no --stop and no --draft",
         )
     request = RequestOptions(sampling=sampling, max_tokens=max_tokens, stop=stop)
@@ -107,15 +110,15 @@ def _streamed(opened: Opened, prompt: str, request: RequestOptions, draft: int) 
 
 def _shown(prompt: str, pieces: Iterator[tuple[int, str]], *, silent: bool) -> dict[str, Any]:
     """What was answered, written out as it came."""
-    text, drawn = "", 0
+    text, tokens = "", 0
     for drawn, piece in pieces:
-        text += piece
+        text, tokens = text + piece, drawn
         if not silent:
             sys.stdout.write(piece)
             sys.stdout.flush()
     if not silent:
         print()
-    return {"prompt": prompt, "text": text, "tokens": drawn}
+    return {"prompt": prompt, "text": text, "tokens": tokens}
 
 
 def _several(
@@ -127,7 +130,8 @@ def _several(
     engine = Engine(opened.model, opened.tokenizer, ends=opened.ends, options=EngineOptions(draft=draft))
     seeds = [request.sampling.seed + number % n for number in range(len(prompts))]
     options = [
-        dataclasses.replace(request, sampling=dataclasses.replace(request.sampling, seed=seed)) for seed in seeds
+        dataclasses.replace(request, sampling=dataclasses.replace(request.sampling, seed=seed))
+        for seed in seeds
     ]
     results = engine.generate(prompts, options)
     for result in results:

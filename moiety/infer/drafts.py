@@ -50,7 +50,13 @@ def step_cost(config: ModelConfig, tokens: int, *, knee: int = KNEE_TOKENS) -> f
 
 
 def gain(
-    config: ModelConfig, guesses: int, right: float, *, sequences: int = 1, tokens: int = 1, knee: int = KNEE_TOKENS
+    config: ModelConfig,
+    guesses: int,
+    right: float,
+    *,
+    sequences: int = 1,
+    tokens: int = 1,
+    knee: int = KNEE_TOKENS,
 ) -> float:
     """g(k) of the module text: how many times more tokens per time with a guess than without.
 
@@ -136,7 +142,9 @@ class Drafter:
         self.reason = "nothing in the text has repeated yet"
         self.held_back = 0
 
-    def __call__(self, ngrams: NGrams, written: Sequence[int], room: int, sequences: int, tokens: int) -> list[int]:
+    def __call__(
+        self, ngrams: NGrams, written: Sequence[int], room: int, sequences: int, tokens: int
+    ) -> list[int]:
         """A guess of what comes after `written`, empty where none was found or none is worth it.
 
         Args:

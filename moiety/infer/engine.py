@@ -4,12 +4,13 @@
     for token in engine.stream("Once upon a time"):
         ...
 
-A step is three calls: `Scheduler.schedule` (who), `Runner.run` (the model), `Scheduler.commit` (what came of it). Any thread
-may submit and cancel; whoever waits for a token makes the next step unless another thread is making one.
+A step is three calls: `Scheduler.schedule` (who), `Runner.run` (the model), `Scheduler.commit` (what came of it). Any
+thread may submit and cancel; whoever waits for a token makes the next step unless another thread is making one.
 """
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections import deque
@@ -177,7 +178,9 @@ def check_model(model: Transformer) -> None:
             hint="moiety.generate (`moiety generate --plain`) runs one sequence at a time",
         )
     if model.training:
-        raise UsageError("the model is in training mode, where routers may be noisy", hint="call model.eval()")
+        raise UsageError(
+            "the model is in training mode, where routers may be noisy", hint="call model.eval()"
+        )
 
 
 @final
@@ -225,7 +228,7 @@ class Handle:
             reused_tokens=request.reused,
             preemptions=request.preemptions,
             first_token_s=times_s[0] - request.submitted_s if times_s else 0.0,
-            between_tokens_s=[late - early for early, late in zip(times_s, times_s[1:], strict=False)],
+            between_tokens_s=[late - early for early, late in itertools.pairwise(times_s)],
         )
 
 
@@ -278,7 +281,11 @@ class Engine:
         self._steps = self._computed = self._drawn = self._reused = self._drafted = self._accepted = 0
 
     def submit(
-        self, prompt: str | Sequence[int], options: RequestOptions | None = None, *, listener: Listener | None = None
+        self,
+        prompt: str | Sequence[int],
+        options: RequestOptions | None = None,
+        *,
+        listener: Listener | None = None,
     ) -> Handle:
         """Take in a request; it is worked on by the steps from now on.
 
@@ -311,17 +318,27 @@ class Engine:
         """The prompt's tokens, if it and the options fit the model."""
         if isinstance(prompt, str):
             if self._tokenizer is None:
-                raise UsageError("the prompt is text and the engine has no tokenizer", hint="give it one, or tokens")
+                raise UsageError(
+                    "the prompt is text and the engine has no tokenizer", hint="give it one, or tokens"
+                )
             prompt = self._tokenizer.encode(prompt) or [self._tokenizer.end_id]
         if options.stop and self._tokenizer is None:
             raise UsageError("stop texts need a tokenizer", hint="give the engine one, or use stop_ids")
         if not len(prompt):
-            raise UsageError("the prompt has no token", hint="give at least one, such as the end-of-text token")
+            raise UsageError(
+                "the prompt has no token", hint="give at least one, such as the end-of-text token"
+            )
         last = self._vocabulary - 1
-        named = {"the prompt": prompt, "stop_ids": options.stop_ids, "logit_bias": options.sampling.logit_bias}
+        named = {
+            "the prompt": prompt,
+            "stop_ids": options.stop_ids,
+            "logit_bias": options.logit_bias,
+        }
         for what, tokens in named.items():
             if tokens and not 0 <= min(tokens) <= max(tokens) <= last:
-                raise UsageError(f"{what} has tokens outside 0 to {last}", hint="is this the model's tokenizer?")
+                raise UsageError(
+                    f"{what} has tokens outside 0 to {last}", hint="is this the model's tokenizer?"
+                )
         if len(prompt) > self.max_positions:
             raise UsageError(
                 f"the prompt has {len(prompt)} tokens; with its answer there is room for {self.max_positions}",
@@ -335,7 +352,9 @@ class Engine:
             if number not in self._live:
                 return False
             self._cancelled.append(number)
-        if self._stepping.acquire(blocking=False):  # otherwise the step that runs is followed by one that sees it
+        if self._stepping.acquire(
+            blocking=False
+        ):  # otherwise the step that runs is followed by one that sees it
             try:
                 self._take_in()
             finally:
@@ -362,7 +381,9 @@ class Engine:
         """The answer's tokens as they are drawn; leaving the loop cancels the request. Raises like `events`."""
         return (event.token for event in self.events(self.submit(prompt, options)) if event.token is not None)
 
-    def stream_text(self, prompt: str | Sequence[int], options: RequestOptions | None = None) -> Iterator[str]:
+    def stream_text(
+        self, prompt: str | Sequence[int], options: RequestOptions | None = None
+    ) -> Iterator[str]:
         """The answer's text in pieces as they are drawn; leaving the loop cancels the request. Raises like `events`."""
         return (event.text for event in self.events(self.submit(prompt, options)) if event.text)
 

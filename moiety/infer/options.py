@@ -14,7 +14,7 @@ MOST_BIASES, MOST_STOPS, LONGEST_STOP, MOST_LOGPROBS = 1024, 64, 1024, 100
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
-    """What to draw from. Penalties and biases change logits; then temperature, top-k, top-p and min-p, each on what
+    """What to draw from. Penalties change logits; then temperature, top-k, top-p and min-p, each on what
     the one before left.
     """
 
@@ -27,9 +27,6 @@ class SamplingOptions:
     )
     presence_penalty: float = option(0.0, help="taken from the logit of every token in the answer")
     frequency_penalty: float = option(0.0, help="taken once for each time that the token is in the answer")
-    logit_bias: Mapping[int, float] = field(
-        default_factory=dict, metadata={"help": "added to the logits of these tokens"}
-    )
     seed: int = option(0, help="seed of the draw")
 
     def __post_init__(self) -> None:
@@ -42,14 +39,9 @@ class SamplingOptions:
         penalty = self.repetition_penalty
         require(0.01 <= penalty <= 100, f"repetition_penalty is {penalty}; allowed is 0.01 to 100")
         for name in ("presence_penalty", "frequency_penalty"):
-            require(abs(getattr(self, name)) <= 100, f"{name} is {getattr(self, name)}; allowed is -100 to 100")
-        biases = self.logit_bias
-        require(
-            len(biases) <= MOST_BIASES, f"logit_bias has {len(biases)} tokens; at most {MOST_BIASES} are allowed"
-        )
-        for token, bias in biases.items():
-            require(token >= 0, f"logit_bias has token {token}; tokens are not negative")
-            require(abs(bias) <= 1000, f"logit_bias of token {token} is {bias}; allowed is -1000 to 1000")
+            require(
+                abs(getattr(self, name)) <= 100, f"{name} is {getattr(self, name)}; allowed is -100 to 100"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +56,9 @@ class RequestOptions:
     ignore_end: bool = option(False, help="the model's own end tokens end nothing")
     logprobs: int | None = option(
         None, help="ln p of every token drawn, and of this many best ones; none gives neither"
+    )
+    logit_bias: Mapping[int, float] = field(
+        default_factory=dict, metadata={"help": "added to the logits of these tokens"}
     )
     salt: str = option("", help="work on a prompt's start is shared only among requests of the same salt")
 
@@ -81,12 +76,23 @@ class RequestOptions:
             require(count <= MOST_STOPS, f"{name} has {count} entries; at most {MOST_STOPS} are allowed")
         for text in self.stop:
             length = len(text)
-            require(0 < length <= LONGEST_STOP, f"a stop text has {length} characters; allowed is 1 to {LONGEST_STOP}")
+            require(
+                0 < length <= LONGEST_STOP,
+                f"a stop text has {length} characters; allowed is 1 to {LONGEST_STOP}",
+            )
         require(min(self.stop_ids, default=0) >= 0, f"stop_ids are {self.stop_ids}; tokens are not negative")
         require(
             self.logprobs is None or 0 <= self.logprobs <= MOST_LOGPROBS,
             f"logprobs is {self.logprobs}; allowed is none or 0 to {MOST_LOGPROBS}",
         )
+        biases = self.logit_bias
+        require(
+            len(biases) <= MOST_BIASES,
+            f"logit_bias has {len(biases)} tokens; at most {MOST_BIASES} are allowed",
+        )
+        for token, bias in biases.items():
+            require(token >= 0, f"logit_bias has token {token}; tokens are not negative")
+            require(abs(bias) <= 1000, f"logit_bias of token {token} is {bias}; allowed is -1000 to 1000")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -147,18 +147,23 @@ class Pages:
         return page
 
     def check(self, tables: Sequence[Table]) -> None:
-        """Assert that exactly these tables hold pages, that no page is lost, and that only published ones are shared."""
+        """Assert that these tables alone hold pages, that none is lost, and that only published ones are shared."""
         held = [0] * self.count
         for table in tables:
             assert len(set(table.pages)) == len(table.pages), table.pages
             for place, page in enumerate(table.pages):
                 held[page] += 1
-                assert place < table.published or self._references[page] == 1, (page, "shared, but not published")
+                assert place < table.published or self._references[page] == 1, (
+                    page,
+                    "shared, but not published",
+                )
                 assert (place < table.published) == (page in self._key), (place, table.published, page)
         assert held == self._references, (held, self._references)
         unheld = sorted(page for page in range(self.count) if not held[page])
         assert sorted([*self._free, *self._idle]) == unheld, (self._free, self._idle, unheld)
-        assert set(self._free).isdisjoint(self._key) and set(self._idle) <= set(self._key), "free means not findable"
+        assert set(self._free).isdisjoint(self._key) and set(self._idle) <= set(self._key), (
+            "free means not findable"
+        )
         assert {page: key for key, page in self._found.items()} == self._key, "found by one key each"
         links = set(self._link.values())
         assert len(links) == len(self._key) == len(self._link), "one link each"

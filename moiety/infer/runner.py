@@ -51,7 +51,7 @@ class Runner:
 
     @torch.inference_mode()
     def run(self, slices: Sequence[Slice]) -> list[Outcome]:
-        """One forward pass; then tokens after each slice that draws, up to the first that its guesses did not foresee."""
+        """One forward pass; then tokens after each slice that draws, to the first that its guesses did not foresee."""
         tokens = [piece.tokens for piece in slices]
         step = PagedStep(
             self.pool,
@@ -62,15 +62,16 @@ class Runner:
         output = self._model(torch.tensor([[token for some in tokens for token in some]]), cache=step)
         self.imbalance = imbalance(list(output.routing.values()))
         finite_T = output.hidden[0].isfinite().all(-1).tolist()
-        rows, firsts, first = [], [], 0
+        rows: list[int] = []
+        firsts, first = [], 0
         for piece, some in zip(slices, tokens, strict=True):
             firsts.append((first, len(rows)))
             if piece.draws:
-                rows += range(first + piece.count - 1, first + len(some))
+                rows += range(first + piece.size - 1, first + len(some))
             first += len(some)
         logits_NV = output.at(torch.tensor(rows, dtype=torch.int64))
         return [
-            _outcome(piece, logits_NV[row:], all(finite_T[first : first + piece.count]))
+            _outcome(piece, logits_NV[row:], all(finite_T[first : first + piece.size]))
             for piece, (first, row) in zip(slices, firsts, strict=True)
         ]
 
@@ -90,6 +91,7 @@ def _outcome(piece: Slice, logits_NV: Tensor, is_sound: bool) -> Outcome:
             prompt=request.prompt,
             answer=[*answer, *piece.drafts[:row]],
             forbidden=request.ends if short else frozenset(),
+            bias=request.options.logit_bias,
         )
         try:
             token = int(sample(logits_NV[row : row + 1], [draw]))

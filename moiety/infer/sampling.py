@@ -8,8 +8,8 @@ vocabulary, passes it.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -19,7 +19,10 @@ from moiety.infer.options import SamplingOptions
 
 __all__ = ["Draw", "adjust", "best", "not_finite", "sample", "uniform"]
 
-BEST_FIRST = 1024  # so many best tokens nearly always hold top_p, and are found much faster than by sorting all
+BEST_FIRST = (
+    1024  # so many best tokens nearly always hold top_p, and are found much faster than by sorting all
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Draw:
@@ -30,12 +33,14 @@ class Draw:
         prompt: Tokens before the answer.
         answer: Tokens of it so far; how many there are is n.
         forbidden: Tokens that cannot be drawn.
+        bias: Added to the logits of these tokens.
     """
 
     options: SamplingOptions
     prompt: Sequence[int] = ()
     answer: Sequence[int] = ()
     forbidden: frozenset[int] = frozenset()
+    bias: Mapping[int, float] = field(default_factory=dict)
 
 
 def not_finite() -> MoietyError:
@@ -80,7 +85,7 @@ def _changes(draw: Draw) -> bool:
     """True if logits are not drawn from as they are."""
     options = draw.options
     penalties = (options.repetition_penalty - 1, options.presence_penalty, options.frequency_penalty)
-    return any(penalties) or bool(options.logit_bias) or bool(draw.forbidden)
+    return any(penalties) or bool(draw.bias) or bool(draw.forbidden)
 
 
 def adjust(logits_V: Tensor, draw: Draw) -> None:
@@ -94,8 +99,8 @@ def adjust(logits_V: Tensor, draw: Draw) -> None:
     if draw.answer and (options.presence_penalty or options.frequency_penalty):
         seen, times = torch.tensor(draw.answer).unique(return_counts=True)
         logits_V[seen] -= options.presence_penalty + options.frequency_penalty * times
-    if options.logit_bias:
-        logits_V[list(options.logit_bias)] += torch.tensor(list(options.logit_bias.values()))
+    if draw.bias:
+        logits_V[list(draw.bias)] += torch.tensor(list(draw.bias.values()))
     if draw.forbidden:
         logits_V[list(draw.forbidden)] = float("-inf")
 
@@ -112,21 +117,24 @@ def _drawn(logits_V: Tensor, draw: Draw) -> Tensor:
         probability_C[probability_C < options.min_p * probability_C.amax()] = 0
     passed_C = probability_C.cumsum(-1, dtype=torch.float64)
     chance = uniform(options.seed, len(draw.answer)) * passed_C[-1]
-    place = torch.searchsorted(passed_C, chance, right=True)  # right: a token of probability 0 is never the first
+    place = torch.searchsorted(
+        passed_C, chance, right=True
+    )  # right: a token of probability 0 is never the first
     return place if token_C is None else token_C[place]
 
 
 def _kept(probability_V: Tensor, top_k: int, top_p: float) -> Tensor:
     """The tokens that top-k, then top-p keep; of equal ones the lower is kept."""
     size = len(probability_V)
-    for count in (top_k,) if top_k else (BEST_FIRST, 16 * BEST_FIRST, size):
+    count = top_k or BEST_FIRST
+    while True:
         best_C, token_C = best(probability_V, count)
         share_C = best_C.double()
         total = share_C.sum() if top_k else probability_V.sum(dtype=torch.float64)
         kept_C = share_C.cumsum(0) - share_C < top_p * total
-        if not bool(kept_C[-1]):
-            break
-    return token_C[kept_C]
+        if top_k or count >= size or not bool(kept_C[-1]):
+            return token_C[kept_C]
+        count *= 16
 
 
 def best(values_V: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -28,18 +28,18 @@ class Slice(NamedTuple):
 
     request: Request
     start: int
-    count: int
+    size: int
     drafts: list[int]
 
     @property
     def tokens(self) -> list[int]:
         """What goes through the model."""
-        return [*self.request.tokens[self.start : self.start + self.count], *self.drafts]
+        return [*self.request.tokens[self.start : self.start + self.size], *self.drafts]
 
     @property
     def draws(self) -> bool:
         """True if it reaches the end of what is written, so that tokens are drawn after it."""
-        return self.start + self.count == len(self.request.tokens)
+        return self.start + self.size == len(self.request.tokens)
 
 
 @final
@@ -130,9 +130,11 @@ class Scheduler:
         return True
 
     def _computes(self, other: Request, request: Request) -> bool:
-        """True if the page that a new request lacks is in another one's prompt and will be there after a step or two."""
+        """True if the page that a new request lacks is in another one's prompt and will soon be there."""
         wanted = self.pages.next_key(request.table, request.tokens, len(request.tokens) - 1)
-        return wanted is not None and wanted == self.pages.next_key(other.table, other.prompt, len(other.prompt))
+        return wanted is not None and wanted == self.pages.next_key(
+            other.table, other.prompt, len(other.prompt)
+        )
 
     def _make_room(self, request: Request, tokens: int) -> bool:
         """Pages for so many tokens of a running request, the youngest's if need be; False if that was itself."""
@@ -150,27 +152,28 @@ class Scheduler:
 
     def _with_drafts(self, slices: list[Slice], left: int, draft: Draft) -> list[Slice]:
         """The slices with guesses where they draw, as long as tokens and pages are left over."""
-        sequences, tokens = sum(piece.draws for piece in slices), sum(piece.count for piece in slices)
+        sequences, tokens = sum(piece.draws for piece in slices), sum(piece.size for piece in slices)
         guessed = []
         for piece in slices:
             request = piece.request
             room = min(left, request.most - request.drawn - 1)
-            if piece.draws and piece.count == 1 and room > 0:
+            if piece.draws and piece.size == 1 and room > 0:
                 request.ngrams = request.ngrams or NGrams()
                 drafts = draft(request.ngrams, request.tokens, room, sequences, tokens)
                 if drafts and not self.pages.extend(request.table, len(request.tokens) + len(drafts)):
                     held = len(request.table.pages) * self.pages.page_tokens
                     drafts = drafts[: held - len(request.tokens)]
-                piece = piece._replace(drafts=drafts)
+                guessed.append(piece._replace(drafts=drafts))
                 left, tokens = left - len(drafts), tokens + len(drafts)
                 request.drafted += len(drafts)
-            guessed.append(piece)
+            else:
+                guessed.append(piece)
         return guessed
 
     def commit(self, piece: Slice, appended: int) -> None:
         """A slice was computed and is sound; `appended` tokens, the last of them not computed, now follow it."""
         request, right = piece.request, max(appended - 1, 0)
-        request.computed = piece.start + piece.count + right
+        request.computed = piece.start + piece.size + right
         request.accepted += right
         self.pages.publish(request.table, request.tokens, request.computed)
         if request.reason is not None:

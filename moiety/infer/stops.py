@@ -54,7 +54,9 @@ class StopTexts:
 
 def _overlap(text: str, stop: str) -> int:
     """Length of the longest end of `text` that begins `stop` without being all of it."""
-    return next((size for size in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:size])), 0)
+    return next(
+        (size for size in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:size])), 0
+    )
 
 
 @final

@@ -57,7 +57,9 @@ class Fake:
         assert sum(len(piece.tokens) for piece in slices) <= step_tokens
         assert len({piece.request.number for piece in slices}) == len(slices)
         oldest = min((one.number for one in self.requests if one.state is not State.FINISHED), default=None)
-        assert oldest is None or oldest in {piece.request.number for piece in slices}, "the oldest waits in vain"
+        assert oldest is None or oldest in {piece.request.number for piece in slices}, (
+            "the oldest waits in vain"
+        )
         for piece in slices:
             self._write(piece)
         for piece in slices:
@@ -83,7 +85,7 @@ class Fake:
         appended, ends = 0, request.ends
         for row in range(len(piece.drafts) + 1):
             request.ends = frozenset() if request.drawn + 1 < request.options.min_tokens else ends
-            token = next_token([token for _, token in seen[: piece.start + piece.count + row]])
+            token = next_token([token for _, token in seen[: piece.start + piece.size + row]])
             request.append(token)
             request.ends = ends
             appended += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import threading
 from typing import Any
@@ -18,7 +19,8 @@ from moiety.model.paged import PagePool
 from moiety.model.tokenizer import Tokenizer, train_tokenizer
 from moiety.model.transformer import Transformer
 from tests import tiny
-from tests.model.test_paged import family_config, made as made_from
+from tests.model.test_paged import family_config
+from tests.model.test_paged import made as made_from
 
 GREEDY = SamplingOptions(temperature=0.0)
 PROMPTS = ([7], [7, 60, 0, 7, 33], [*range(30)], [5, 6, 7, 8] * 5, [*range(30), 1, 2], [60, 59])
@@ -33,10 +35,10 @@ def engine(model: Transformer, tokenizer: Tokenizer | None = None, **options: An
     return Engine(model, tokenizer, options=EngineOptions(**given))
 
 
-def plain(model: Transformer, prompt: list[int], options: RequestOptions, end_id: int | None = None) -> list[int]:
-    drawn = generate(
-        model, prompt, max_tokens=options.max_tokens, sampling=options.sampling, end_id=end_id
-    )
+def plain(
+    model: Transformer, prompt: list[int], options: RequestOptions, end_id: int | None = None
+) -> list[int]:
+    drawn = generate(model, prompt, max_tokens=options.max_tokens, sampling=options.sampling, end_id=end_id)
     return list(drawn)
 
 
@@ -315,7 +317,7 @@ def test_threads() -> None:
         ([61], {}, "the prompt has tokens outside 0 to 60"),
         ([-1], {}, "outside 0 to 60"),
         ([1], {"stop_ids": (61,)}, "stop_ids has tokens outside"),
-        ([1], {"sampling": SamplingOptions(logit_bias={99: 1.0})}, "logit_bias has tokens outside"),
+        ([1], {"logit_bias": {99: 1.0}}, "logit_bias has tokens outside"),
         ([1] * 121, {}, "121 tokens; with its answer there is room for 120"),
     ],
 )
@@ -361,7 +363,9 @@ def test_memory_is_counted_before_it_is_taken() -> None:
         pages(max_positions=101)
     large = tiny.config(max_positions=2**30)
     count, longest = page_count(large, EngineOptions(), 4)
-    assert longest == count * 16 and count * 16 * page_bytes // 4 <= 2**30 < (count + 1) * 16 * page_bytes // 4
+    assert (
+        longest == count * 16 and count * 16 * page_bytes // 4 <= 2**30 < (count + 1) * 16 * page_bytes // 4
+    )
     asked = page_count(large, EngineOptions(max_positions=2**29), 4)
     assert asked == (2**25, 2**29), "more than 1 GiB where it was asked for"
 
@@ -377,7 +381,14 @@ def test_models_that_look_at_a_whole_batch_are_refused() -> None:
 
 @pytest.mark.parametrize(
     ("name", "bad"),
-    [("kv_bytes", -1), ("page_tokens", 0), ("step_tokens", 3), ("max_requests", 0), ("max_queue", 0), ("draft", -1)],
+    [
+        ("kv_bytes", -1),
+        ("page_tokens", 0),
+        ("step_tokens", 3),
+        ("max_requests", 0),
+        ("max_queue", 0),
+        ("draft", -1),
+    ],
 )
 def test_engine_options_out_of_range(name: str, bad: int) -> None:
     with pytest.raises(ConfigError, match=name):
@@ -388,7 +399,8 @@ def test_engine_options_out_of_range(name: str, bad: int) -> None:
     ("name", "bad"),
     [
         ("max_tokens", 0), ("min_tokens", -1), ("min_tokens", 129), ("stop", ("",)), ("stop", ("a",) * 65),
-        ("stop", "ab"), ("stop_ids", (-1,)), ("logprobs", -1), ("logprobs", 101),
+        ("stop", "ab"), ("stop_ids", (-1,)), ("logprobs", -1), ("logit_bias", {-1: 1.0}), ("logit_bias", {3: math.inf}),
+        ("logit_bias", {"3": 1.0}), ("logit_bias", dict.fromkeys(range(2000), 1.0)), ("logprobs", 101),
     ],
 )  # fmt: skip
 def test_request_options_out_of_range(name: str, bad: object) -> None:

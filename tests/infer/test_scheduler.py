@@ -95,7 +95,9 @@ def test_preemption_takes_the_youngest_and_changes_no_token() -> None:
     for start in range(3):
         driven.submit([start] * 5, max_tokens=11)
     driven.step(30)
-    assert [len(request.table.pages) for request in driven.requests] == [2, 2, 0], "one page for each that runs"
+    assert [len(request.table.pages) for request in driven.requests] == [2, 2, 0], (
+        "one page for each that runs"
+    )
     run(driven, 30)
     assert driven.requests[0].preemptions == 0 < driven.requests[1].preemptions
     for request in driven.requests:
@@ -117,7 +119,7 @@ def test_drawing_comes_first_and_prompts_come_in_pieces() -> None:
     driven.step(6)
     driven.submit([0] * 14, max_tokens=3)
     driven.submit([1] * 9, max_tokens=3)
-    shape = [[(piece.request.number, piece.count) for piece in driven.step(6)] for _ in range(6)]
+    shape = [[(piece.request.number, piece.size) for piece in driven.step(6)] for _ in range(6)]
     assert shape[:3] == [[(0, 1), (1, 5)], [(0, 1), (1, 5)], [(0, 1), (1, 4), (2, 1)]]
     assert shape[3] == [(0, 1), (1, 1), (2, 4)] and shape[4] == [(0, 1), (1, 1), (2, 4)]
 
@@ -151,7 +153,9 @@ def test_guesses_change_no_token(guessing: bool) -> None:
 def test_a_full_queue_and_what_can_never_fit_are_refused() -> None:
     driven = fake(5, 4, max_queue=2)
     driven.submit([1], max_tokens=20)
-    with pytest.raises(UsageError, match="4 tokens of prompt and 20 to draw need 6 pages of 4 tokens, and there are 5"):
+    with pytest.raises(
+        UsageError, match="4 tokens of prompt and 20 to draw need 6 pages of 4 tokens, and there are 5"
+    ):
         driven.scheduler.submit(Request(9, [1] * 4, RequestOptions(max_tokens=20), longest=99))
     driven.submit([2], max_tokens=2)
     with pytest.raises(BusyError, match="2 requests are waiting, and at most 2 may") as refused:

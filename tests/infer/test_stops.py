@@ -30,7 +30,9 @@ def test_any_division_is_cut_like_the_whole(pieces: list[str], stops: list[str])
         shown += found.push(piece)
         assert whole.startswith(shown), "what was shown stays"
         so_far = "".join(pieces[: number + 1])
-        if not found.found and not any(so_far.endswith(stop[:1]) or stop[:1] in so_far[-3:] for stop in stops):
+        if not found.found and not any(
+            so_far.endswith(stop[:1]) or stop[:1] in so_far[-3:] for stop in stops
+        ):
             assert shown == so_far, "nothing is held back without need"
     assert found.found == is_cut
     assert shown + found.finish() == whole
