@@ -21,8 +21,8 @@ from torch import Tensor
 from moiety import cost, storage
 from moiety.config import ModelConfig
 from moiety.errors import ConfigError, FormatError, UsageError
-from moiety.model import hub, layout
-from moiety.model.families import Family, FamilyChoice, Match, Piece, family_for, family_of
+from moiety.model import hub, layout, quantized
+from moiety.model.families import OWN, Family, FamilyChoice, Match, Piece, family_for, family_of
 from moiety.model.packed import WEIGHT_DTYPES, Packing, Weight, packing_of
 from moiety.model.tensor_file import (
     DTYPE_NAMES,
@@ -113,7 +113,10 @@ def load(
         from moiety.model import gguf
 
         return gguf.load_gguf(place, dtype=dtype, backend=backend)
-    with _opened(layout.checked_folder(place), match) as stored:
+    folder = layout.checked_folder(place)
+    if _is_tiles(folder):
+        return quantized.load_quantized(folder, backend=backend, dtype=dtype)
+    with _opened(folder, match) as stored:
         with torch.device("meta"):  # shapes alone: the weights come from the files
             model = Transformer(stored.config, backend=backend, initialize=False)
         shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -171,6 +174,13 @@ def is_gguf(path: Path) -> bool:
     return path.suffix == ".gguf" and not path.is_dir()
 
 
+def _is_tiles(folder: Path) -> bool:
+    """True for a folder that `quantized` wrote; whether `config.json` is sound is for whoever reads it."""
+    values = storage.read_json(storage.inside(folder, "config.json"))
+    said = values.get("quantization_config")
+    return isinstance(said, dict) and said.get("quant_method") == "moiety"
+
+
 def size_bytes(model: Transformer, dtype: torch.dtype | None = None) -> int:
     """Bytes of the weights on disk."""
     return sum(
@@ -194,26 +204,30 @@ def write_model(
             f"the tokenizer has {tokenizer.vocab_size} tokens, the model {model.config.vocab_size}",
             hint="save the tokenizer that the model was trained with",
         )
-    choice = family_for(model.config)
+    packed = quantized.description(model)
+    choice = FamilyChoice(OWN, "packed weights have our own layout") if packed else family_for(model.config)
     entries = _entries(model, choice.family, dtype)
+    tiles = {name: entries.pop(name) for name in [*entries] if name.endswith(".tiles")}
     end_id = None if tokenizer is None else tokenizer.end_id
     special = {"bos_token_id": None, "eos_token_id": end_id, "pad_token_id": end_id}
     kinds = [entry.dtype for entry in entries.values()]
     stored_as = str(max(set(kinds), key=kinds.count)).removeprefix("torch.")
     config = {**choice.family.write(model.config), **special, "dtype": stored_as, "torch_dtype": stored_as}
-    layout.write_json(folder / "config.json", config)
+    layout.write_json(folder / "config.json", {**config, **packed})
     layout.write_json(folder / "generation_config.json", special)
     if extra is not None:
         layout.write_json(folder / layout.EXTRA, dict(extra))
     if tokenizer is not None:
         tokenizer.save(folder)
     layout.write_shards(folder, entries, max_shard_bytes)
+    if tiles:
+        write_tensors(folder / layout.TILES, tiles)
     return choice
 
 
 def _stored_dtype(name: str, own: torch.dtype, dtype: torch.dtype | None) -> torch.dtype:
-    """What a tensor is on disk. A selection bias moves in steps that bfloat16 would lose."""
-    return own if dtype is None or name.endswith("selection_bias") else dtype
+    """What a tensor is on disk. A selection bias moves in steps that bfloat16 would lose; tiles are bytes."""
+    return own if dtype is None or name.endswith(("selection_bias", ".tiles")) else dtype
 
 
 def _entries(model: Transformer, family: Family, dtype: torch.dtype | None) -> dict[str, Entry]:
@@ -263,6 +277,10 @@ def _read_config(folder: Path, match: Match) -> _Read:
 def _opened(folder: Path, match: Match = "original") -> Iterator[_Stored]:
     """A checkpoint, every header checked and every file open."""
     read = _read_config(folder, match)
+    if read.packing is not None and read.packing.method == "moiety":
+        raise UsageError(
+            f"the weights of {folder} are packed", hint="give the checkpoint that it was packed from"
+        )
     with layout.open_weights(folder, read.packing) as weights:
         _check_sizes(folder, read.config, weights)
         yield _Stored(folder=folder, family=read.family, config=read.config, weights=weights)

@@ -29,9 +29,12 @@ Stored = Mapping[str, TensorFile]
 
 
 class Packing(NamedTuple):
-    """How the weights of a checkpoint are packed; `block` is rows and columns under one fp8 scale."""
+    """How the weights of a checkpoint are packed; `block` is rows and columns under one fp8 scale.
 
-    method: Literal["fp8", "mxfp4"]
+    "moiety" are tiles, which `quantized` reads.
+    """
+
+    method: Literal["fp8", "mxfp4", "moiety"]
     block: tuple[int, int] = (128, 128)
 
 
@@ -91,12 +94,13 @@ def packing_of(config: Mapping[str, Any]) -> Packing | None:
             continue
         method = said.get("quant_method") if isinstance(said, dict) else None
         if key == "quantization_config" and isinstance(said, dict):
-            if method == "mxfp4":
-                return Packing("mxfp4")
+            if method in ("mxfp4", "moiety"):
+                return Packing(method)
             if method == "fp8" and said.get("fmt", "e4m3") == "e4m3":
                 return Packing("fp8", _block(said.get("weight_block_size")))
         raise FormatError(
-            f"config.json has {key} with quant_method {reprlib.repr(method or said)}; allowed is fp8 in e4m3, or mxfp4",
+            f"config.json has {key} with quant_method {reprlib.repr(method or said)}; allowed is fp8 in e4m3, "
+            "mxfp4, or moiety",
             hint="take the weights that were not quantized, or a GGUF",
         )
     return None
