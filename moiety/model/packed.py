@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from moiety.errors import FormatError
-from moiety.formats.stored import MXFP4_BLOCK, dequantize_fp8, dequantize_mxfp4
+from moiety.formats.numbers import Codes
+from moiety.formats.stored import E8M0_NAN, MXFP4_BLOCK, dequantize_fp8, dequantize_mxfp4
 from moiety.model.tensor_file import DTYPE_NAMES, Place, TensorFile, shown
 
 __all__ = ["WEIGHT_DTYPES", "Packing", "Weight", "packing_of", "weights_of"]
@@ -75,6 +76,24 @@ class Weight(NamedTuple):
         else:  # matrix by matrix
             for row, part in enumerate(target):
                 part.copy_(self._unpacked(row, target.dtype).reshape(part.shape))
+
+    @property
+    def is_mxfp4(self) -> bool:
+        """True for what `codes` can give."""
+        return self.unpack is _unpack_mxfp4
+
+    def codes(self) -> Codes:
+        """The codes and scales of an mxfp4 weight as they stand, (..., outputs, inputs).
+
+        Raises:
+            FormatError: a scale that is no number; and as `TensorFile.read`.
+        """
+        assert self.is_mxfp4, self.names
+        blocks, scales = (file.read(name) for file, name in zip(self.files, self.names, strict=True))
+        if bool((scales == E8M0_NAN).any()):
+            raise FormatError(f"{self.path}: tensor {shown(self.names[1])} has a scale that is not a number")
+        pairs = torch.stack((blocks & 15, blocks >> 4), dim=-1)
+        return Codes(pairs.flatten(-3), scales)
 
     def _unpacked(self, row: int | None, dtype: torch.dtype) -> Tensor:
         assert self.unpack is not None, self

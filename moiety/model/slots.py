@@ -7,12 +7,23 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor, nn
 
-from moiety.formats.tiles import PackedWeight
+from moiety.formats import FORMATS
+from moiety.formats.tiles import PackedWeight, pack
 from moiety.model.transformer import Transformer
 from moiety.moe.experts import Experts, FeedForward
 from moiety.moe.packed import MixedExperts, PackedExperts, PackedFeedForward, PackedLinear
 
-__all__ = ["Group", "Kind", "Slot", "install", "kind_of", "packed_matrices", "slots", "source_of"]
+__all__ = [
+    "Group",
+    "Kind",
+    "Slot",
+    "install",
+    "install_stored",
+    "kind_of",
+    "packed_matrices",
+    "slots",
+    "source_of",
+]
 
 Kind = Literal["experts", "shared", "dense", "attention", "head", "embedding", "router", "norm", "other"]
 ROUTER = ("gate", "gate_noise", "shared_gate", "selection_bias")
@@ -137,6 +148,22 @@ def _pair(module: Experts | FeedForward, group: Group) -> PackedExperts | Packed
         gated=module.gated,
         activation_limit=module.activation_limit,
     )
+
+
+def install_stored(model: Transformer, stored: Mapping[str, PackedWeight]) -> None:
+    """Put weights that were stored in blocks where they belong, by parameter.
+
+    Where only one of a feed-forward's projections was, the other one is packed as the float32 numbers that it is.
+    """
+    for path, group in slots(model).items():
+        if any(slot.parameter in stored for slot in group):
+            weights = {}
+            for slot in group:
+                weights[slot.leaf] = stored.get(slot.parameter) or pack(
+                    source_of(model, slot.parameter).detach(), FORMATS["f32"], interleaved=slot.interleaved
+                )
+            install(model, path, [Group(weights)])
+    model.requires_grad_(False)
 
 
 def packed_matrices(model: Transformer) -> dict[str, PackedLinear]:
