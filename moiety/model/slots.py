@@ -21,6 +21,7 @@ __all__ = [
     "install_stored",
     "kind_of",
     "packed_matrices",
+    "pair_of",
     "slots",
     "source_of",
 ]
@@ -124,7 +125,7 @@ def install(model: Transformer, path: str, groups: Sequence[Group]) -> None:
         made = PackedLinear(groups[0].weights[""], module.bias)
     else:
         assert isinstance(module, Experts | FeedForward), (path, type(module))
-        parts = [_pair(module, group) for group in groups]
+        parts = [pair_of(module, group) for group in groups]
         made = parts[0]
         if groups[0].numbers is not None:
             experts = [part for part in parts if isinstance(part, PackedExperts)]
@@ -133,8 +134,8 @@ def install(model: Transformer, path: str, groups: Sequence[Group]) -> None:
     setattr(model.get_submodule(parent), name, made)
 
 
-def _pair(module: Experts | FeedForward, group: Group) -> PackedExperts | PackedFeedForward:
-    """Both projections of some experts, or of a dense feed-forward."""
+def pair_of(module: Experts | FeedForward, group: Group) -> PackedExperts | PackedFeedForward:
+    """What stands for some experts, or for a dense feed-forward: their packed weights, with the biases."""
     made: list[PackedLinear] = []
     for leaf in (module.up_name, "down"):
         bias = getattr(module, f"{leaf}_bias", None)

@@ -20,7 +20,7 @@ from moiety.formats.tiles import ROWS, PackedWeight, pack_codes, shape_of
 from moiety.model.slots import Group, Slot, install, kind_of, packed_matrices, slots, source_of
 from moiety.model.transformer import Transformer
 
-__all__ = ["Choice", "Line", "Policy", "PolicyFunction", "Receipt", "policy_named", "quantize"]
+__all__ = ["Choice", "Line", "Policy", "PolicyFunction", "Receipt", "pack_stack", "policy_named", "quantize"]
 
 # A format, None to keep a tensor as it is, or for a stack of experts one format each.
 Choice = str | None | tuple[str, ...]
@@ -218,7 +218,7 @@ def _pack_module(
         change = size = 0.0
         for names, numbers in members.items():
             form = format_named(names[place])
-            packed[names][slot.leaf], errors = _packed(stack, numbers, form, slot.interleaved)
+            packed[names][slot.leaf], errors = pack_stack(stack, numbers, form, slot.interleaved)
             change, size = change + errors[0], size + errors[1]
         said = [f"{names[place]} x {len(numbers)}" for names, numbers in members.items()]
         lines[slot.parameter] = Line(
@@ -250,10 +250,14 @@ def _for_each_expert(slot: Slot, choice: Choice) -> list[str]:
     return [format_named(name).name for name in names]
 
 
-def _packed(
+def pack_stack(
     weight_ERC: Tensor, numbers: list[int], form: Format, interleaved: bool
 ) -> tuple[PackedWeight, tuple[float, float]]:
-    """Some matrices of a stack, and the sum of squares of their change and of themselves. A few rows at a time."""
+    """Pack some matrices of a stack, a few rows at a time.
+
+    Returns:
+        Them, and the sums of squares of their change and of themselves.
+    """
     rows, columns = weight_ERC.shape[1:]
     halves, sizes = 2 if interleaved else 1, {"experts": len(numbers), "rows": rows, "columns": columns}
     tiles = torch.empty(shape_of(form, **sizes, interleaved=interleaved), dtype=torch.uint8)
