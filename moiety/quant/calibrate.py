@@ -37,6 +37,7 @@ class LayerCalibration:
         pairs_E: How often each was chosen.
         moved_E: Squared change of the layer's output by an expert in the lower format, over the output's square.
         gain_E: What the higher format takes away from the summed squared change of the loss.
+        weights: Of one expert.
         bytes_low: Of one expert in the lower format.
         bytes_high: Of one expert in the higher format.
     """
@@ -44,6 +45,7 @@ class LayerCalibration:
     pairs_E: Tensor
     moved_E: Tensor
     gain_E: Tensor
+    weights: int
     bytes_low: int
     bytes_high: int
 
@@ -69,12 +71,12 @@ class Calibration:
     high: str
     layers: Mapping[str, LayerCalibration]
 
-    def policy(self, base: Policy, *, budget_bytes: int) -> MixedPolicy:
+    def policy(self, base: Policy, *, bits: float) -> MixedPolicy:
         """Give the higher format where it removes most error per byte, until the budget of all experts is used up.
 
         Args:
             base: What everything else is packed in.
-            budget_bytes: Of all routed experts together.
+            bits: Of a weight of the routed experts, on average, scales and padding included.
 
         Raises:
             ConfigError: less than all experts take in the lower format.
@@ -84,10 +86,12 @@ class Calibration:
             for path, one in self.layers.items()
             for expert, gain in enumerate(one.gain_E)
         ]
-        left = budget_bytes - sum(len(one.gain_E) * one.bytes_low for one in self.layers.values())
+        weights = sum(len(one.gain_E) * one.weights for one in self.layers.values())
+        least = sum(len(one.gain_E) * one.bytes_low for one in self.layers.values())
+        left = bits * weights / 8 - least
         if left < 0:
             raise ConfigError(
-                f"{budget_bytes:,} bytes are {-left:,} too few for all experts in {self.low}",
+                f"{bits:g} bits are too few: all experts in {self.low} take {8 * least / weights:.2f}",
                 hint="give more, or a smaller format",
             )
         formats = {path: [self.low] * len(one.gain_E) for path, one in self.layers.items()}
@@ -171,6 +175,7 @@ def calibrate(
                 pairs_E=sums[path][0],
                 moved_E=sums[path][1] / size[path],
                 gain_E=sums[path][2] - sums[path][3],
+                weights=sum(slot.rows * slot.columns for slot in group),
                 bytes_low=_bytes(group, low),
                 bytes_high=_bytes(group, high),
             )
