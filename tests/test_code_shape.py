@@ -37,7 +37,7 @@ LEVELS = {
     "moiety.observe.alarm": 2,
     "moiety.moe": 3,
     "moiety.model": 4,
-    "moiety.quant": 4,
+    "moiety.quant": 5,
     "moiety.parallel": 4,
     "moiety.train": 5,
     "moiety.infer": 5,

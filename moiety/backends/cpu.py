@@ -30,10 +30,12 @@ __all__ = [
     "LEVELS",
     "Matrix",
     "PackedExpertWeights",
+    "crew",
     "expert_mlp",
     "grouped_linear",
     "level",
     "levels",
+    "library",
     "linear",
 ]
 
@@ -70,17 +72,18 @@ def _kind(form: Format) -> int:
 
 
 @functools.cache
-def _library() -> ctypes.CDLL | None:
+def library() -> ctypes.CDLL | None:
     """The compiled kernels, or None where the package was built without a compiler."""
     folder = Path(__file__).parent
     found = [path for suffix in EXTENSION_SUFFIXES if (path := folder / f"_native{suffix}").is_file()]
     if not found:
         return None
-    library = ctypes.CDLL(str(found[0]))
+    kernels = ctypes.CDLL(str(found[0]))
     pointer, wide, small = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
-    library.moiety_best_level.restype = small
-    library.moiety_grouped_linear.restype = library.moiety_experts.restype = wide
-    library.moiety_grouped_linear.argtypes = [
+    kernels.moiety_best_level.restype = small
+    kernels.moiety_read.restype = kernels.moiety_multiply.restype = wide
+    kernels.moiety_grouped_linear.restype = kernels.moiety_experts.restype = wide
+    kernels.moiety_grouped_linear.argtypes = [
         pointer,
         pointer,
         wide,
@@ -90,9 +93,9 @@ def _library() -> ctypes.CDLL | None:
         pointer,
         pointer,
     ]
-    library.moiety_experts.argtypes = [pointer, pointer, small, small, ctypes.c_float, pointer, wide, wide]
-    library.moiety_experts.argtypes += [pointer, pointer, pointer, wide, pointer, pointer, pointer]
-    return library
+    kernels.moiety_experts.argtypes = [pointer, pointer, small, small, ctypes.c_float, pointer, wide, wide]
+    kernels.moiety_experts.argtypes += [pointer, pointer, pointer, wide, pointer, pointer, pointer]
+    return kernels
 
 
 @functools.cache
@@ -106,8 +109,8 @@ def _torch_threads() -> int:
 
 def levels() -> tuple[str, ...]:
     """Instruction sets that can be used here, the best last; none without the compiled kernels."""
-    library = _library()
-    return () if library is None else LEVELS[: library.moiety_best_level() + 1]
+    kernels = library()
+    return () if kernels is None else LEVELS[: kernels.moiety_best_level() + 1]
 
 
 @functools.cache
@@ -124,6 +127,11 @@ def level() -> str:
             hint="unset it to let the best be chosen",
         )
     return asked or (usable[-1] if usable else "")
+
+
+def crew() -> _CCrew:
+    """Who works: as many threads as torch uses now, at the level in use."""
+    return _crew(torch.get_num_threads(), level())
 
 
 @functools.cache
@@ -215,9 +223,9 @@ def _scratch(size_bytes: int) -> tuple[Tensor, int]:
     return room, -(-room.data_ptr() // ALIGN) * ALIGN
 
 
-def _call(function: Any, arguments: list[Any], crew: _CCrew, place: int) -> None:
+def _call(function: Any, arguments: list[Any], place: int) -> None:
     """Run a kernel: once to ask how much scratch it needs, once with it. `place` is where the scratch goes."""
-    arguments.append(ctypes.addressof(crew))
+    arguments.append(ctypes.addressof(crew()))
     room, arguments[place] = _scratch(function(*arguments))
     function(*arguments)
     del room
@@ -225,17 +233,17 @@ def _call(function: Any, arguments: list[Any], crew: _CCrew, place: int) -> None
 
 def grouped_linear(x_ND: Tensor, matrix: Matrix, counts_E: Tensor) -> Tensor:
     """y = x W_e^T + b_e for rows sorted by expert: (N, D) to (N, F), in x's dtype."""
-    weight, name = matrix.weight, level()
+    weight = matrix.weight
     assert not weight.interleaved and x_ND.shape[1] == weight.columns, (x_ND.shape, weight.columns)
-    if not name:
+    if not level():
         return reference.grouped_linear(x_ND.float(), matrix.unpacked(), counts_E, matrix.bias).to(x_ND.dtype)
     rows_ND = _ready(x_ND)
     y_NF = torch.empty(len(x_ND), weight.rows)
     arguments: list[Any] = [matrix.address, rows_ND.data_ptr(), len(rows_ND), rows_ND.stride(0)]
     arguments += [counts_E.data_ptr(), y_NF.data_ptr(), None]
-    library = _library()
-    assert library is not None
-    _call(library.moiety_grouped_linear, arguments, _crew(torch.get_num_threads(), name), 6)
+    kernels = library()
+    assert kernels is not None
+    _call(kernels.moiety_grouped_linear, arguments, 6)
     return y_NF.to(x_ND.dtype)
 
 
@@ -247,8 +255,7 @@ def linear(x: Tensor, matrix: Matrix) -> Tensor:
 
 def expert_mlp(x_TD: Tensor, routing: Routing, weights: PackedExpertWeights) -> Tensor:
     """y[token] += weight * expert(x[token]), in x's dtype; see `reference.expert_mlp`, which defines it."""
-    name = level()
-    if not name:
+    if not level():
         return reference.expert_mlp(x_TD.float(), routing, weights.unpacked()).to(x_TD.dtype)
     rows_TD, up, down = _ready(x_TD), weights.up, weights.down
     assert x_TD.shape[1] == up.weight.columns and up.weight.interleaved == weights.gated, x_TD.shape
@@ -258,7 +265,7 @@ def expert_mlp(x_TD: Tensor, routing: Routing, weights: PackedExpertWeights) -> 
     arguments += [weights.activation_limit, rows_TD.data_ptr(), len(rows_TD), rows_TD.stride(0)]
     arguments += [routing.token_N.data_ptr(), weight_N.data_ptr(), routing.counts_E.data_ptr(), routing.pairs]
     arguments += [y_TD.data_ptr(), None]
-    library = _library()
-    assert library is not None
-    _call(library.moiety_experts, arguments, _crew(torch.get_num_threads(), name), 13)
+    kernels = library()
+    assert kernels is not None
+    _call(kernels.moiety_experts, arguments, 13)
     return y_TD.to(x_TD.dtype)

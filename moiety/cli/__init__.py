@@ -27,6 +27,8 @@ COMMANDS = {
     "params": "count parameters, FLOPs and bytes of a known model or a checkpoint",
     "models": "list the well-known models: exact counts, and what was said about closed ones",
     "convert": "write a model in another format: the layout of transformers, or GGUF",
+    "quantize": "pack a model's weights in fewer bits, with a receipt",
+    "quality": "say what fewer bits cost a model's predictions",
     "pull": "fetch a model of the Hugging Face hub into its cache",
     "ls": "list the models on this machine",
     "doctor": "say what this machine offers, which parts are used, and what is missing",

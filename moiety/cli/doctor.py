@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import platform
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 from cyclopts import Parameter
@@ -29,6 +30,7 @@ def _facts() -> dict[str, Any]:
     import torch
 
     from moiety import backends
+    from moiety.backends import cpu
     from moiety.backends.matmul import prefers_onednn
     from moiety.train import host
 
@@ -47,8 +49,15 @@ def _facts() -> dict[str, Any]:
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "float32_products": "oneDNN" if prefers_onednn() else "torch's own BLAS",
         "experts": choices,
+        "kernels": {"level": cpu.level(), "levels": cpu.levels()},
         "extras": {name: importlib.util.find_spec(name) is not None for name in EXTRAS},
     }
+
+
+def _kernels(level: str, levels: Sequence[str]) -> str:
+    if not level:
+        return "torch unpacks them for each product, many times slower: install with a C compiler for the kernels"
+    return f"C kernels for {level}, of {', '.join(levels)}; MOIETY_CPU_LEVEL chooses"
 
 
 @app.default
@@ -68,6 +77,7 @@ def doctor(*, json: Annotated[bool, Parameter(negative="", help="print JSON")] =
         ["has", " ".join(present) or "none of the instruction sets below"],
         ["has not", " ".join(absent) or "nothing is missing"],
         ["float32 products", facts["float32_products"]],
+        ["packed weights", _kernels(**facts["kernels"])],
         *(
             [f"experts in {name}", f"{choice['name']}: {choice['reason']}"]
             for name, choice in facts["experts"].items()

@@ -13,6 +13,7 @@ from torch import Tensor
 from moiety.errors import FormatError
 
 __all__ = [
+    "E8M0_NAN",
     "FP4_VALUES",
     "MXFP4_BLOCK",
     "dequantize_fp8",

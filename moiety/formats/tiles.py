@@ -26,7 +26,7 @@ from moiety.errors import FormatError
 from moiety.formats import Format
 from moiety.formats.numbers import Codes, dequantize, quantize
 
-__all__ = ["ROWS", "PackedWeight", "codes_of", "pack", "pack_codes", "tile_bytes", "unpack"]
+__all__ = ["ROWS", "PackedWeight", "codes_of", "pack", "pack_codes", "shape_of", "tile_bytes", "unpack"]
 
 ROWS = 16
 
@@ -57,8 +57,8 @@ class PackedWeight:
     tiles: Tensor
 
     def __post_init__(self) -> None:
-        blocks = _row_blocks(self.rows, self.interleaved)
-        shape = (self.experts, blocks, -(-self.columns // self.form.group), tile_bytes(self.form))
+        sizes = {"experts": self.experts, "rows": self.rows, "columns": self.columns}
+        shape = shape_of(self.form, **sizes, interleaved=self.interleaved)
         if tuple(self.tiles.shape) != shape or self.tiles.dtype != torch.uint8:
             raise FormatError(
                 f"tiles of {self.experts} x {self.rows} x {self.columns} in {self.form.name} are {self.tiles.dtype} "
@@ -71,8 +71,12 @@ class PackedWeight:
         return self.tiles.numel()
 
 
-def _row_blocks(rows: int, interleaved: bool) -> int:
-    return 2 * -(-rows // 2 // ROWS) if interleaved else -(-rows // ROWS)
+def shape_of(
+    form: Format, *, experts: int, rows: int, columns: int, interleaved: bool
+) -> tuple[int, int, int, int]:
+    """The shape of a weight's tiles."""
+    halves = 2 if interleaved else 1
+    return experts, halves * -(-rows // halves // ROWS), -(-columns // form.group), tile_bytes(form)
 
 
 def _into_blocks(values: Tensor, interleaved: bool, columns: int) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,8 +21,11 @@ from torch import Tensor
 from moiety import cost, storage
 from moiety.config import ModelConfig
 from moiety.errors import ConfigError, FormatError, UsageError
-from moiety.model import hub, layout
-from moiety.model.families import Family, FamilyChoice, Match, Piece, family_for, family_of
+from moiety.formats import FORMATS
+from moiety.formats.numbers import Codes
+from moiety.formats.tiles import PackedWeight, pack_codes
+from moiety.model import hub, layout, quantized, slots
+from moiety.model.families import OWN, Family, FamilyChoice, Match, Piece, family_for, family_of
 from moiety.model.packed import WEIGHT_DTYPES, Packing, Weight, packing_of
 from moiety.model.tensor_file import (
     DTYPE_NAMES,
@@ -88,6 +91,7 @@ def load(
     dtype: torch.dtype | None = None,
     revision: str | None = None,
     match: Match = "original",
+    packed: bool = False,
 ) -> Transformer:
     """Read a model that `save` or transformers wrote, or a GGUF; it comes in evaluation mode.
 
@@ -100,6 +104,7 @@ def load(
             bias is float32.
         revision: Branch, tag or commit on the hub.
         match: Where transformers computes otherwise than the model's authors: as they do, or as `hf` does.
+        packed: Keep blocks that can be multiplied with as they are stored (Q4_0, Q4_1, Q8_0 of a GGUF, mxfp4).
 
     Raises:
         FormatError: not a checkpoint, altered since it was written, or tensors missing, left over or misshapen.
@@ -112,12 +117,18 @@ def load(
     if is_gguf(place):
         from moiety.model import gguf
 
-        return gguf.load_gguf(place, dtype=dtype, backend=backend)
-    with _opened(layout.checked_folder(place), match) as stored:
+        return gguf.load_gguf(place, dtype=dtype, backend=backend, packed=packed)
+    folder = layout.checked_folder(place)
+    if _is_tiles(folder):
+        return quantized.load_quantized(folder, backend=backend, dtype=dtype)
+    with _opened(folder, match) as stored:
         with torch.device("meta"):  # shapes alone: the weights come from the files
             model = Transformer(stored.config, backend=backend, initialize=False)
         shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        model.load_state_dict(dict(stored.tensors(shapes, dtype)), assign=True)
+        blocks = dict(stored.blocks(model, shapes)) if packed else {}
+        model.load_state_dict(dict(stored.tensors(shapes, dtype, blocks)), assign=True, strict=not blocks)
+    if packed:
+        slots.install_stored(model, blocks)
     return model.eval()
 
 
@@ -171,6 +182,13 @@ def is_gguf(path: Path) -> bool:
     return path.suffix == ".gguf" and not path.is_dir()
 
 
+def _is_tiles(folder: Path) -> bool:
+    """True for a folder that `quantized` wrote; whether `config.json` is sound is for whoever reads it."""
+    values = storage.read_json(storage.inside(folder, "config.json"))
+    said = values.get("quantization_config")
+    return isinstance(said, dict) and said.get("quant_method") == "moiety"
+
+
 def size_bytes(model: Transformer, dtype: torch.dtype | None = None) -> int:
     """Bytes of the weights on disk."""
     return sum(
@@ -194,26 +212,30 @@ def write_model(
             f"the tokenizer has {tokenizer.vocab_size} tokens, the model {model.config.vocab_size}",
             hint="save the tokenizer that the model was trained with",
         )
-    choice = family_for(model.config)
+    packed = quantized.description(model)
+    choice = FamilyChoice(OWN, "packed weights have our own layout") if packed else family_for(model.config)
     entries = _entries(model, choice.family, dtype)
+    tiles = {name: entries.pop(name) for name in [*entries] if name.endswith(".tiles")}
     end_id = None if tokenizer is None else tokenizer.end_id
     special = {"bos_token_id": None, "eos_token_id": end_id, "pad_token_id": end_id}
     kinds = [entry.dtype for entry in entries.values()]
     stored_as = str(max(set(kinds), key=kinds.count)).removeprefix("torch.")
     config = {**choice.family.write(model.config), **special, "dtype": stored_as, "torch_dtype": stored_as}
-    layout.write_json(folder / "config.json", config)
+    layout.write_json(folder / "config.json", {**config, **packed})
     layout.write_json(folder / "generation_config.json", special)
     if extra is not None:
         layout.write_json(folder / layout.EXTRA, dict(extra))
     if tokenizer is not None:
         tokenizer.save(folder)
     layout.write_shards(folder, entries, max_shard_bytes)
+    if tiles:
+        write_tensors(folder / layout.TILES, tiles)
     return choice
 
 
 def _stored_dtype(name: str, own: torch.dtype, dtype: torch.dtype | None) -> torch.dtype:
-    """What a tensor is on disk. A selection bias moves in steps that bfloat16 would lose."""
-    return own if dtype is None or name.endswith("selection_bias") else dtype
+    """What a tensor is on disk. A selection bias moves in steps that bfloat16 would lose; tiles are bytes."""
+    return own if dtype is None or name.endswith(("selection_bias", ".tiles")) else dtype
 
 
 def _entries(model: Transformer, family: Family, dtype: torch.dtype | None) -> dict[str, Entry]:
@@ -263,6 +285,10 @@ def _read_config(folder: Path, match: Match) -> _Read:
 def _opened(folder: Path, match: Match = "original") -> Iterator[_Stored]:
     """A checkpoint, every header checked and every file open."""
     read = _read_config(folder, match)
+    if read.packing is not None and read.packing.method == "moiety":
+        raise UsageError(
+            f"the weights of {folder} are packed", hint="give the checkpoint that it was packed from"
+        )
     with layout.open_weights(folder, read.packing) as weights:
         _check_sizes(folder, read.config, weights)
         yield _Stored(folder=folder, family=read.family, config=read.config, weights=weights)
@@ -278,9 +304,14 @@ class _Stored:
     weights: Mapping[str, Weight]
 
     def tensors(
-        self, wanted: Mapping[str, tuple[int, ...]], dtype: torch.dtype | None
+        self,
+        wanted: Mapping[str, tuple[int, ...]],
+        dtype: torch.dtype | None,
+        leave: Container[str] = (),
     ) -> Iterator[tuple[str, Tensor]]:
         """Our tensors one after the other, put together from theirs; everything is checked before the first.
+
+        Those in `leave` are checked, and not read.
 
         Raises:
             FormatError: tensors missing, left over, misshapen or unreadable.
@@ -290,6 +321,8 @@ class _Stored:
             pieces[piece.ours].append(piece)
         self._check([piece for group in pieces.values() for piece in group])
         for name, group in pieces.items():
+            if name in leave:
+                continue
             kind = functools.reduce(
                 torch.promote_types, (self.weights[piece.theirs].dtype for piece in group)
             )
@@ -300,6 +333,30 @@ class _Stored:
                 self.weights[piece.theirs].read_into(_view(tensor, piece))
             yield name, tensor
         self._check_second_head()
+
+    def blocks(
+        self, model: Transformer, wanted: Mapping[str, tuple[int, ...]]
+    ) -> Iterator[tuple[str, PackedWeight]]:
+        """What is stored as mxfp4, by our parameter: the same codes and scales in tiles."""
+        form = FORMATS["mxfp4"]
+        packable = {slot.parameter: slot for group in slots.slots(model).values() for slot in group}
+        pieces = list(self.family.pieces(self.config, wanted, self.weights.keys()))
+        self._check(pieces)
+        for name, slot in packable.items():
+            mine = [piece._replace(transposed=False) for piece in pieces if piece.ours == name]
+            if not mine or not all(self.weights[piece.theirs].is_mxfp4 for piece in mine):
+                continue
+            shape = wanted[name]
+            whole = Codes(
+                torch.empty(shape, dtype=torch.uint8),
+                torch.empty((*shape[:-1], shape[-1] // form.group), dtype=torch.uint8),
+            )
+            for piece in mine:
+                for target, part in zip(whole, self.weights[piece.theirs].codes(), strict=True):
+                    if target is not None and part is not None:
+                        view = _view(target, piece)
+                        view.copy_(part.reshape(view.shape))
+            yield name, pack_codes(whole, form, interleaved=slot.interleaved)
 
     def _check(self, pieces: Sequence[Piece]) -> None:
         needed = {piece.theirs for piece in pieces}

@@ -12,10 +12,12 @@ import torch
 from moiety import storage
 from moiety.errors import FormatError
 from moiety.model import checkpoint, gguf, hub
+from moiety.model.families import FamilyChoice
 from moiety.model.template import ChatTemplate
 from moiety.model.tokenizer import Tokenizer
+from moiety.model.transformer import Transformer
 
-__all__ = ["convert", "read_tokenizer"]
+__all__ = ["convert", "read_tokenizer", "save_beside"]
 
 # What stands beside the weights in the layout of transformers, and is taken over as it is.
 BESIDE = (
@@ -62,20 +64,38 @@ def convert(
         FormatError, ConfigError, StorageError, UsageError, DependencyError: as of the loader and of the writer.
     """
     place = hub.resolve(source, revision=revision)
-    copies = form == "hf" and place.is_dir()
-    tokenizer = read_tokenizer(place) if with_tokenizer and not copies else None
     model = checkpoint.load(place, match=match)
     if form == "gguf":
+        tokenizer = read_tokenizer(place) if with_tokenizer else None
         template = (
             None if tokenizer is None or tokenizer.chat_template is None else tokenizer.chat_template.text
         )
         name = gguf.save_gguf(model, target, kind=kind, tokenizer=tokenizer, chat_template=template)
         return f"{name} in {kind}"
+    choice = save_beside(model, place, target, dtype=dtype, with_tokenizer=with_tokenizer)
+    return f"{choice.family.model_type} ({choice.reason})"
+
+
+def save_beside(
+    model: Transformer,
+    source: Path,
+    target: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    with_tokenizer: bool = True,
+) -> FamilyChoice:
+    """Write a model to a folder, with the tokenizer and the end tokens of the folder or GGUF that it came from.
+
+    Raises:
+        FormatError, StorageError, UsageError: as of `checkpoint.save`.
+    """
+    copies = source.is_dir()
+    tokenizer = read_tokenizer(source) if with_tokenizer and not copies else None
     with storage.new_folder(target, needed_bytes=checkpoint.size_bytes(model, dtype) + (1 << 24)) as folder:
         choice = checkpoint.write_model(folder, model, tokenizer=tokenizer, dtype=dtype)
         if copies:
-            _keep_beside(place, folder, BESIDE if with_tokenizer else ("generation_config.json",))
-    return f"{choice.family.model_type} ({choice.reason})"
+            _keep_beside(source, folder, BESIDE if with_tokenizer else ("generation_config.json",))
+    return choice
 
 
 def read_tokenizer(place: Path) -> Tokenizer:

@@ -21,6 +21,8 @@ from moiety.model.tensor_file import Entry, TensorFile, open_tensors, shown, wri
 __all__ = [
     "EXTRA",
     "SHARD_BYTES",
+    "SINGLE",
+    "TILES",
     "check_dtype",
     "checked_folder",
     "existing_folder",
@@ -34,6 +36,7 @@ SHARD_BYTES = 5_000_000_000
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 EXTRA = "extra.json"
+TILES = "tiles.safetensors"
 
 
 def check_dtype(dtype: torch.dtype | None) -> None:
@@ -61,14 +64,14 @@ def existing_folder(path: str | Path) -> Path:
 
 
 def checked_folder(path: str | Path) -> Path:
-    """The same, every file in it as its manifest says where it has one.
+    """The same, every file in it as its manifest says where it has one; tiles, which are mapped, by their size.
 
     Raises:
         FormatError: no folder, or altered since it was written.
     """
     folder = existing_folder(path)
     if storage.has_manifest(folder):
-        storage.verify(folder)
+        storage.verify(folder, sizes_only=(TILES,))
     return folder
 
 

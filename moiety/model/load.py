@@ -22,6 +22,7 @@ def load(
     dtype: torch.dtype | None = None,
     revision: str | None = None,
     match: Match = "original",
+    packed: bool = False,
 ) -> Transformer | SwitchTransformer:
     """Read a model, in evaluation mode: a decoder of any known family, or the encoder-decoder Switch Transformer.
 
@@ -32,4 +33,4 @@ def load(
         values = storage.read_json(storage.inside(place, "config.json"))
         if values.get("model_type") == switch_files.MODEL_TYPE:
             return switch_files.load_switch(place, backend=backend, dtype=dtype)
-    return checkpoint.load(place, backend=backend, dtype=dtype, match=match)
+    return checkpoint.load(place, backend=backend, dtype=dtype, match=match, packed=packed)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moiety.backends.matmul import linear, multiply_into, multiply_rows, multiply_rows_back
+from moiety.moe.packed import PackedLinear
 
 __all__ = ["IGNORED", "cross_entropy", "head_logits"]
 
@@ -22,7 +23,7 @@ SLICE_ELEMENTS = 1 << 21  # logits of one slice: 8 MiB in float32, which stays i
 
 def head_logits(
     hidden: Tensor,
-    weight_VD: Tensor,
+    weight_VD: Tensor | PackedLinear,
     bias_V: Tensor | None = None,
     *,
     multiplier: float = 1.0,
@@ -32,12 +33,16 @@ def head_logits(
 
     Args:
         hidden: Final hidden states, (..., D).
-        weight_VD: Output head, (V, D).
+        weight_VD: Output head, (V, D), or a packed one with its bias.
         bias_V: Its bias, or None.
         multiplier: Factor on the scores.
         cap: Bound of the scores; 0 is none.
     """
-    logits = linear(hidden, weight_VD, bias_V)
+    if isinstance(weight_VD, PackedLinear):
+        assert bias_V is None, "a packed head has its bias inside"
+        logits: Tensor = weight_VD(hidden)
+    else:
+        logits = linear(hidden, weight_VD, bias_V)
     if multiplier != 1:
         logits = logits * multiplier
     return cap * (logits / cap).tanh() if cap else logits
@@ -80,7 +85,7 @@ class _CrossEntropy(torch.autograd.Function):
             log_probability = torch.log_softmax(logits, dim=-1)
             scored = target != IGNORED
             chosen = target.where(scored, 0)[:, None]
-            total -= log_probability.gather(1, chosen)[:, 0].where(scored, 0).sum(dtype=torch.float64)
+            total += _nats(log_probability, target)
             if grad_TD is None or grad_VD is None or part_VD is None:
                 continue
             grad_logits = log_probability.exp_()
@@ -110,9 +115,29 @@ class _CrossEntropy(torch.autograd.Function):
         return grad_TD * grad.to(grad_TD.dtype), (grad_VD * grad).to(weight_dtype), of_bias, None, None, None
 
 
+def _nats(log_probability_TV: Tensor, target_T: Tensor) -> Tensor:
+    """Summed -ln p of the targets that are scored, in float64."""
+    scored = target_T != IGNORED
+    chosen = target_T.where(scored, 0)[:, None]
+    return -log_probability_TV.gather(1, chosen)[:, 0].where(scored, 0).sum(dtype=torch.float64)
+
+
+def _packed_cross_entropy(
+    hidden: Tensor, head: PackedLinear, target: Tensor, multiplier: float, cap: float
+) -> Tensor:
+    hidden_TD, target_T = hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1)
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    rows = max(SLICE_ELEMENTS // head.rows, 1)
+    total = torch.zeros((), dtype=torch.float64)
+    for part_TD, target_P in zip(hidden_TD.split(rows), target_T.split(rows), strict=True):
+        logits, _ = _capped(head(part_TD).to(wide), multiplier, cap)
+        total += _nats(torch.log_softmax(logits, dim=-1), target_P)
+    return total.to(wide)
+
+
 def cross_entropy(
     hidden: Tensor,
-    weight_VD: Tensor,
+    weight_VD: Tensor | PackedLinear,
     target: Tensor,
     *,
     bias_V: Tensor | None = None,
@@ -126,12 +151,14 @@ def cross_entropy(
 
     Args:
         hidden: Final hidden states, (..., D).
-        weight_VD: Output head, (V, D).
+        weight_VD: Output head, (V, D); a packed one, its bias inside, gives no gradients.
         target: Token ids, (...); `IGNORED` (-100) is not scored.
         bias_V: Bias of the head, or None.
         multiplier: Factor on the logits, see `head_logits`.
         cap: Bound of the logits; 0 is none.
     """
+    if isinstance(weight_VD, PackedLinear):
+        return _packed_cross_entropy(hidden, weight_VD, target, multiplier, cap)
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)

@@ -59,6 +59,8 @@ class LatentAttention(nn.Module):
 
     def forward(self, x_BSD: Tensor, context: ForwardContext) -> Tensor:
         """(B, S, D) to (B, S, D); latents and rotary keys go to the context's cache when there is one."""
+        if context.paged is not None:
+            context.paged.choice(x_BSD, self.rank)  # says that torch does it
         y_BSD = by_sequence(self._mixed, context, self._queries(x_BSD), project(x_BSD, self.kv_a))
         return project(y_BSD, self.out)
 

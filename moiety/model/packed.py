@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from moiety.errors import FormatError
-from moiety.formats.stored import MXFP4_BLOCK, dequantize_fp8, dequantize_mxfp4
+from moiety.formats.numbers import Codes
+from moiety.formats.stored import E8M0_NAN, MXFP4_BLOCK, dequantize_fp8, dequantize_mxfp4
 from moiety.model.tensor_file import DTYPE_NAMES, Place, TensorFile, shown
 
 __all__ = ["WEIGHT_DTYPES", "Packing", "Weight", "packing_of", "weights_of"]
@@ -29,9 +30,12 @@ Stored = Mapping[str, TensorFile]
 
 
 class Packing(NamedTuple):
-    """How the weights of a checkpoint are packed; `block` is rows and columns under one fp8 scale."""
+    """How the weights of a checkpoint are packed; `block` is rows and columns under one fp8 scale.
 
-    method: Literal["fp8", "mxfp4"]
+    "moiety" are tiles, which `quantized` reads.
+    """
+
+    method: Literal["fp8", "mxfp4", "moiety"]
     block: tuple[int, int] = (128, 128)
 
 
@@ -73,6 +77,24 @@ class Weight(NamedTuple):
             for row, part in enumerate(target):
                 part.copy_(self._unpacked(row, target.dtype).reshape(part.shape))
 
+    @property
+    def is_mxfp4(self) -> bool:
+        """True for what `codes` can give."""
+        return self.unpack is _unpack_mxfp4
+
+    def codes(self) -> Codes:
+        """The codes and scales of an mxfp4 weight as they stand, (..., outputs, inputs).
+
+        Raises:
+            FormatError: a scale that is no number; and as `TensorFile.read`.
+        """
+        assert self.is_mxfp4, self.names
+        blocks, scales = (file.read(name) for file, name in zip(self.files, self.names, strict=True))
+        if bool((scales == E8M0_NAN).any()):
+            raise FormatError(f"{self.path}: tensor {shown(self.names[1])} has a scale that is not a number")
+        pairs = torch.stack((blocks & 15, blocks >> 4), dim=-1)
+        return Codes(pairs.flatten(-3), scales)
+
     def _unpacked(self, row: int | None, dtype: torch.dtype) -> Tensor:
         assert self.unpack is not None, self
         parts = [file.read(name, row) for file, name in zip(self.files, self.names, strict=True)]
@@ -91,12 +113,13 @@ def packing_of(config: Mapping[str, Any]) -> Packing | None:
             continue
         method = said.get("quant_method") if isinstance(said, dict) else None
         if key == "quantization_config" and isinstance(said, dict):
-            if method == "mxfp4":
-                return Packing("mxfp4")
+            if method in ("mxfp4", "moiety"):
+                return Packing(method)
             if method == "fp8" and said.get("fmt", "e4m3") == "e4m3":
                 return Packing("fp8", _block(said.get("weight_block_size")))
         raise FormatError(
-            f"config.json has {key} with quant_method {reprlib.repr(method or said)}; allowed is fp8 in e4m3, or mxfp4",
+            f"config.json has {key} with quant_method {reprlib.repr(method or said)}; allowed is fp8 in e4m3, "
+            "mxfp4, or moiety",
             hint="take the weights that were not quantized, or a GGUF",
         )
     return None

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from moiety.backends import Choice
+from moiety.backends.cpu_attention import BLOCK, PagedLayer, RaggedStep, choose
 from moiety.config import ModelConfig
 from moiety.errors import UsageError
 
@@ -40,14 +42,16 @@ class PagePool:
             self.parts = (torch.empty(config.layers, pages, 1, page_tokens, width, dtype=dtype),)
         else:
             # a dimension of all keys of a page lies together: scores of a page are sums of vectors
-            shape = (config.layers, pages, attention.kv_heads, attention.head_dim, page_tokens)
-            keys, values = torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype)
-            self.parts = (keys.transpose(-1, -2), values.view(*shape[:3], page_tokens, attention.head_dim))
+            place, dims = (config.layers, pages, attention.kv_heads), attention.head_dim
+            self.keys = torch.empty(*place, dims, page_tokens, dtype=dtype)
+            self.values = torch.empty(*place, page_tokens, -(-dims // BLOCK) * BLOCK, dtype=dtype)
+            self.parts = (self.keys.transpose(-1, -2), self.values[..., :dims])
+        self.prepared: dict[int, PagedLayer] = {}
 
     @property
     def size_bytes(self) -> int:
         """Bytes the pages take."""
-        return sum(part.numel() * part.itemsize for part in self.parts)
+        return sum(part.untyped_storage().nbytes() for part in self.parts)
 
     @property
     def page_bytes(self) -> int:
@@ -68,18 +72,19 @@ class PagedSequence:
     def __init__(self, pool: PagePool, table: Sequence[int], start: int, rows: slice) -> None:
         self.pool, self.start, self.rows = pool, start, rows
         self.count = rows.stop - rows.start
-        self.pages = torch.tensor(table[: -(-(start + self.count) // pool.page_tokens)])
+        self.pages = list(table[: -(-(start + self.count) // pool.page_tokens)])
 
     def extend(self, layer: int, *new_1HSd: Tensor) -> tuple[Tensor, ...]:
         """Write new keys and values (or latents) into the pages; all come back, (1, H, start + S, d)."""
         assert len(new_1HSd) == len(self.pool.parts), (len(new_1HSd), len(self.pool.parts))
         stop = self.start + self.count
         position_S = torch.arange(self.start, stop)
-        page_S, place_S = self.pages[position_S // self.pool.page_tokens], position_S % self.pool.page_tokens
+        pages = torch.tensor(self.pages)
+        page_S, place_S = pages[position_S // self.pool.page_tokens], position_S % self.pool.page_tokens
         found = []
         for part, new in zip(self.pool.parts, new_1HSd, strict=True):
             part[layer][page_S, :, place_S] = new[0].transpose(0, 1).to(part.dtype)
-            found.append(part[layer][self.pages].transpose(0, 1).flatten(1, 2)[None, :, :stop])
+            found.append(part[layer][pages].transpose(0, 1).flatten(1, 2)[None, :, :stop])
         return tuple(found)
 
 
@@ -111,6 +116,7 @@ class PagedStep:
             sequences.append(PagedSequence(pool, table, start, slice(first, first + count)))
             first += count
         self.sequences, self.tokens = tuple(sequences), first
+        self._ragged: RaggedStep | None = None
 
     def check_room(self, sequences: int, positions: int) -> None:
         """Raise UsageError unless the tokens come as one row of as many as the step is for."""
@@ -126,3 +132,24 @@ class PagedStep:
         """Where every token stands in its sequence, (T,)."""
         spans = [torch.arange(one.start, one.start + one.count) for one in self.sequences]
         return torch.cat(spans)
+
+    def choice(self, x: Tensor, head_dim: int) -> Choice:
+        """Who computes attention over the pages for activations like x, and why."""
+        pool = self.pool
+        return choose(
+            x.dtype,
+            x.device.type,
+            pool.dtype,
+            pool.page_tokens,
+            head_dim,
+            pool.latent,
+            torch.is_grad_enabled(),
+        )
+
+    def ragged(self, rotary: tuple[Tensor, Tensor], query_factor_T: Tensor | None) -> RaggedStep:
+        """The step as the compiled kernel takes it; made once, and again when a layer wants factors that it lacks."""
+        if self._ragged is None or (query_factor_T is not None and not self._ragged.factored):
+            starts, counts = [one.start for one in self.sequences], [one.count for one in self.sequences]
+            tables = [one.pages for one in self.sequences]
+            self._ragged = RaggedStep(tables, starts, counts, rotary, query_factor_T)
+        return self._ragged

@@ -1,7 +1,8 @@
 """One safetensors file: checked in every number before anything is read, and read straight into its place.
 
 A file is eight bytes (the length of the header), the header (JSON: name to type, shape and the two ends of its
-bytes), and the bytes of all tensors without a gap. Nothing is mapped, so what is in memory is what was asked for.
+bytes), and the bytes of all tensors without a gap. Nothing is mapped unless asked for (`TensorFile.mapped`), so what
+is in memory is what was read.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import mmap
 import os
 import reprlib
 from collections.abc import Callable, Iterator, Mapping
@@ -124,6 +126,22 @@ class TensorFile:
             part.copy_(chunk)
             at += chunk.nbytes
 
+    def mapped(self) -> dict[str, Tensor]:
+        """Every tensor where it lies: pages are read when they are touched, and what is written to stays in memory.
+
+        Raises:
+            StorageError: the system refused to map the file.
+        """
+        try:
+            memory = mmap.mmap(self.descriptor, 0, access=mmap.ACCESS_COPY)
+        except OSError as error:
+            raise StorageError(f"cannot map {self.path}: {error.strerror}", hint="check its disk") from error
+        whole = torch.frombuffer(memory, dtype=torch.uint8)
+        return {
+            name: whole[place.start : place.start + place.size_bytes].view(place.dtype).view(place.shape)
+            for name, place in self.places.items()
+        }
+
     def _fill(self, name: str, tensor: Tensor, at: int) -> None:
         """Fill a contiguous tensor with the file's bytes from `at` on; a large one in two halves at once.
 
@@ -185,7 +203,7 @@ def write_tensors(file: Path, entries: Mapping[str, Entry]) -> None:
     Raises:
         OSError: the system refused.
     """
-    # Wide types first, and a header of a multiple of 8: then every tensor is aligned and can be mapped.
+    # Wide types first, and a header of a multiple of a cache line: then every tensor is aligned and can be mapped.
     order = sorted(entries, key=lambda name: -entries[name].dtype.itemsize)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
@@ -199,7 +217,7 @@ def write_tensors(file: Path, entries: Mapping[str, Entry]) -> None:
         }
         at = place[1]
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(len(text) + 8) % 64)
     with open(file, "xb") as opened:
         opened.write(len(text).to_bytes(8, "little") + text)
         for name in order:

@@ -23,6 +23,7 @@ from moiety.moe import routers
 from moiety.moe.capacity import Capacity
 from moiety.moe.experts import FeedForward
 from moiety.moe.layer import MoE
+from moiety.moe.packed import PackedFeedForward, PackedLinear
 from moiety.routing import Routing
 
 __all__ = ["Block", "HeadBias", "ModelOutput", "Transformer"]
@@ -34,7 +35,7 @@ class ModelOutput:
 
     Args:
         hidden: The last block's output after the final norm, (B, S, D).
-        head_weight: The output head, (V, D).
+        head_weight: The output head, (V, D), or the packed head with its bias.
         head_bias: Its bias (V,), or None.
         logits_multiplier: Factor on the logits.
         logits_cap: Logits become cap * tanh(logit / cap); 0 is off.
@@ -42,7 +43,7 @@ class ModelOutput:
     """
 
     hidden: Tensor
-    head_weight: Tensor
+    head_weight: Tensor | PackedLinear
     head_bias: Tensor | None = None
     logits_multiplier: float = 1.0
     logits_cap: float = 0.0
@@ -110,6 +111,7 @@ class Block(nn.Module):
             self.attention = LatentAttention(config.attention, config.d_model, layer)
         self.attention_post_norm = norm_of(config) if after else None
         self.feed_forward_norm = norm_of(config) if before else None
+        self.feed_forward: MoE | FeedForward | PackedFeedForward
         self.feed_forward = _feed_forward(config, layer, backend)
         self.feed_forward_post_norm = norm_of(config) if after else None
 
@@ -135,7 +137,7 @@ class Block(nn.Module):
         """(B, S, D) to (B, S, D), and the routing if this block is MoE."""
         x_BSD = self.attended(x_BSD, context)
         normed = self.feed_forward_input(x_BSD)
-        if isinstance(self.feed_forward, FeedForward):
+        if not isinstance(self.feed_forward, MoE):
             return self.fed(x_BSD, self.feed_forward(normed)), None
         y = self.feed_forward(
             normed,
@@ -177,7 +179,8 @@ class Transformer(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config, layer, backend) for layer in range(config.layers))
         self.norm = norm_of(config)
-        self.head: nn.Linear | HeadBias | None = HeadBias(config.vocab_size) if config.head_bias else None
+        self.head: nn.Linear | PackedLinear | HeadBias | None
+        self.head = HeadBias(config.vocab_size) if config.head_bias else None
         if not config.tied:
             self.head = nn.Linear(config.d_model, config.vocab_size, bias=config.head_bias)
         if initialize:
@@ -254,12 +257,18 @@ class Transformer(nn.Module):
             cache.advance(tokens_BS.shape[1])
         return ModelOutput(
             hidden=self.norm(x_BSD),
-            head_weight=self.head.weight if isinstance(self.head, nn.Linear) else self.embed.weight,
-            head_bias=None if self.head is None else self.head.bias,
+            head_weight=self._head_weight(),
+            head_bias=None if self.head is None or isinstance(self.head, PackedLinear) else self.head.bias,
             logits_multiplier=self.config.logits_multiplier,
             logits_cap=self.config.logits_cap,
             routing=routing,
         )
+
+    def _head_weight(self) -> Tensor | PackedLinear:
+        """A packed head multiplies by itself, its bias included; a tied one is a packed copy of the embedding."""
+        if isinstance(self.head, PackedLinear):
+            return self.head
+        return self.head.weight if isinstance(self.head, nn.Linear) else self.embed.weight
 
     def embedded(self, tokens_BS: Tensor) -> Tensor:
         """What the first block sees, (B, S, D)."""

@@ -33,13 +33,13 @@ def dense_gradient(y_TD: Tensor, x_TD: Tensor, routing: Routing, experts: Expert
     """
     score_TE = routing.score_TE
     assert score_TE is not None
-    chosen_TE = routing.mask_TE[:, : len(experts.down)]
+    chosen_TE = routing.mask_TE[:, : experts.count]
     others = Routing.from_mask(~chosen_TE, valid_T=routing.valid_T)
     if not others.pairs or not score_TE.requires_grad:
         return y_TD
     scale_T = routing.sum_by_token(routing.weight_N.detach())
     scale_T = scale_T / routing.sum_by_token(routing.at_pairs(score_TE.detach())).clamp(min=TINY)
-    would_N = others.at_pairs(score_TE[:, : len(experts.down)]) * scale_T[others.token_N]
+    would_N = others.at_pairs(score_TE[:, : experts.count]) * scale_T[others.token_N]
     result: Tensor = _Unchosen.apply(y_TD, would_N, x_TD.detach(), others, experts)
     return result
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from moiety import backends
 from moiety.backends.matmul import linear
 from moiety.backends.weights import CLAMPED, ExpertWeights, activation, clamped_swiglu
+from moiety.moe.packed import MixedExperts, PackedExperts
 from moiety.routing import Routing
 
 __all__ = ["Experts", "FeedForward", "expert_seconds"]
@@ -68,6 +69,16 @@ class Experts(nn.Module):
         self.down_bias = _parameter(experts, d_model, device=device, dtype=dtype) if bias else None
         self.reset_parameters()
 
+    @property
+    def count(self) -> int:
+        """Number of experts E."""
+        return len(self.down)
+
+    @property
+    def d_model(self) -> int:
+        """Width D."""
+        return self.down.shape[1]
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Uniform within 1/sqrt(fan-in), as torch's linear; biases zero."""
@@ -99,13 +110,16 @@ class Experts(nn.Module):
 
 
 @torch.no_grad()
-def expert_seconds(experts: Experts, rows: int = 64, repeats: int = 5) -> Tensor:
+def expert_seconds(
+    experts: Experts | PackedExperts | MixedExperts, rows: int = 64, repeats: int = 5
+) -> Tensor:
     """Median seconds that each expert takes for `rows` tokens here and now, (E,): a cost for `CostAware`.
 
     Experts that sit in slow memory, or on a slow device, show. Each is first run once unmeasured.
     """
-    x_ND = torch.randn(rows, experts.down.shape[1], dtype=experts.down.dtype, device=experts.down.device)
-    count = len(experts.down)
+    like = next(experts.parameters(), torch.empty(0))  # packed ones have none
+    x_ND = torch.randn(rows, experts.d_model, dtype=like.dtype, device=like.device)
+    count = experts.count
     seconds = torch.empty(count, repeats)
     for expert in range(count):
         counts_E = torch.zeros(count, dtype=torch.int64, device=x_ND.device)

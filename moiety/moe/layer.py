@@ -15,6 +15,7 @@ from moiety.errors import ConfigError, UsageError
 from moiety.moe.capacity import Capacity, passes
 from moiety.moe.dense_gradient import dense_gradient
 from moiety.moe.experts import Experts, FeedForward
+from moiety.moe.packed import MixedExperts, PackedExperts, PackedFeedForward
 from moiety.moe.routers import Router, RouterContext
 from moiety.routing import Noise, Routing
 
@@ -167,7 +168,9 @@ class MoE(nn.Module):
             "gated": gated,
             **like,
         }
+        self.experts: Experts | PackedExperts | MixedExperts
         self.experts = Experts(d_model, d_ff, experts, bias=bias, backend=backend, **shape)
+        self.shared: FeedForward | PackedFeedForward | None
         self.shared = FeedForward(d_model, shared_d_ff, **shape) if shared_d_ff else None
         self.shared_gate = nn.Linear(d_model, 1, bias=False, **like) if shared_gate else None
         bias_E = None
@@ -178,12 +181,21 @@ class MoE(nn.Module):
     @property
     def gate_up(self) -> Tensor:
         """The experts' gate and up projections, (E, 2F, D), gate rows first."""
-        return self.experts.get_parameter(self.experts.up_name)
+        experts = self._unpacked()
+        return experts.get_parameter(experts.up_name)
 
     @property
     def down(self) -> Tensor:
         """The experts' down projections, (E, D, F)."""
-        return self.experts.down
+        return self._unpacked().down
+
+    def _unpacked(self) -> Experts:
+        if not isinstance(self.experts, Experts):
+            raise UsageError(
+                "the experts of this layer are packed: they have tiles, not weights",
+                hint="`formats.tiles.unpack` gives the weights that tiles mean",
+            )
+        return self.experts
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MoE:
         """Move the selection bias with the layer but keep it float32: its steps are lost in bfloat16."""
@@ -348,7 +360,7 @@ class MoE(nn.Module):
         """The routed experts' weighted sum, (T, D)."""
         if self.weigh_input:
             return self._multiply_weighed_input(x_TD, routing)
-        experts = len(self.down)
+        experts = self.experts.count
         real = routing if routing.experts == experts else routing.first(experts)
         limit = None
         if self.capacity is not None and self.capacity.queues:
@@ -362,7 +374,7 @@ class MoE(nn.Module):
             null_T = null_N.new_zeros(routing.tokens).index_add(0, routing.token_N[real.pairs :], null_N)
             y_TD = y_TD + null_T[:, None].to(x_TD.dtype) * x_TD
         if self.training and self.router.needs.dense_gradient and torch.is_grad_enabled():
-            y_TD = dense_gradient(y_TD, x_TD, routing, self.experts)
+            y_TD = dense_gradient(y_TD, x_TD, routing, self._unpacked())
         return y_TD
 
     def _multiply_weighed_input(self, x_TD: Tensor, routing: Routing) -> Tensor:

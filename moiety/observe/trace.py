@@ -76,7 +76,7 @@ def contributions(moe: MoE, x_TD: Tensor, routing: Routing) -> Tensor:
         x_TD: Its input.
         routing: Its routing of that input.
     """
-    experts = len(moe.down)
+    experts = moe.experts.count
     real = routing if routing.experts == experts else routing.first(experts)
     weight_N1 = real.weight_N[:, None].to(x_TD.dtype)
     x_ND = real.gather(x_TD)
@@ -167,7 +167,7 @@ def _run_again(
                 )
             assert away <= torch.finfo(size.dtype).eps ** 0.5 * size, (layer, float(away), float(size))
             tokens = _tokens(block.feed_forward, chosen[layer], parts)
-            name, experts = model.config.moe.router, len(block.feed_forward.down)
+            name, experts = model.config.moe.router, block.feed_forward.experts.count
             layers.append(LayerTrace(layer=layer, router=name, experts=experts, tokens=tokens))
         x_BSD = after_BSD
     return tuple(layers)
@@ -205,7 +205,7 @@ def _tokens(moe: MoE, routing: Routing, parts: _Parts) -> tuple[TokenTrace, ...]
                 weight=weight_N[pair],
                 norm=parts.norm_N[pair],
                 share=parts.share_N[pair],
-                null=expert_N[pair] >= len(moe.down),
+                null=expert_N[pair] >= moe.experts.count,
             )
         )
     score_TE = None if routing.score_TE is None else routing.score_TE.float().tolist()

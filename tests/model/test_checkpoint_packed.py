@@ -17,6 +17,7 @@ from moiety import storage
 from moiety.config import AttentionConfig, ModelConfig, MoEConfig
 from moiety.errors import FormatError
 from moiety.formats.stored import dequantize_fp8, dequantize_mxfp4, quantize_fp8, quantize_mxfp4
+from moiety.formats.tiles import unpack
 from moiety.model.checkpoint import load, save
 from moiety.model.packed import Packing, weights_of
 from moiety.model.tensor_file import open_tensors, read_tensors
@@ -208,6 +209,27 @@ def test_gpt_oss_in_mxfp4(tmp_path: Path) -> None:
     assert packed["model.layers.0.mlp.experts.gate_up_proj_blocks"].shape == (3, 64, 2, 16)
     said = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
     same_logits(path, plain, packed, said)
+    kept, decoded = load(path, packed=True), load(path)
+    for layer, block in enumerate(kept.blocks):
+        true = decoded.blocks[layer].feed_forward
+        for name in ("gate_up", "down"):
+            one = block.feed_forward.experts.get_submodule(name)
+            assert one.form.name == "mxfp4" and one.interleaved == (name == "gate_up")
+            assert torch.equal(unpack(one.weight), getattr(true, name).float())
+            assert torch.equal(one.bias, getattr(true.experts, f"{name}_bias"))
+    tokens = torch.randint(0, 60, (2, 9))
+    pinned = {layer: one.pinned() for layer, one in decoded(tokens).routing.items()}
+    true, ours = decoded(tokens).logits.float(), kept(tokens, pinned=pinned).logits.float()
+    assert (true - ours).norm() < 0.03 * true.norm()
+    save_file(
+        {
+            name: torch.full_like(one, 255) if name.endswith("_scales") else one
+            for name, one in packed.items()
+        },
+        path / "model.safetensors",
+    )
+    with pytest.raises(FormatError, match="gate_up_proj_scales has a scale that is not a number"):
+        load(path, packed=True)
 
 
 @torch.no_grad()

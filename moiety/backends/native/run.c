@@ -136,13 +136,13 @@ typedef struct {
     int64_t y_width, y_columns; /* width of a row, and how many numbers of it are written */
 } product;
 
+/* How many row blocks, an even number, are a task. */
 static void plan_runs(product *p, int32_t threads) {
-    const int64_t unit = p->gated ? 2 : 1, block_bytes = p->w->groups * p->w->tile_bytes;
-    int64_t run = TASK_BYTES / (block_bytes * unit);
-    const int64_t units = p->w->row_blocks / unit, wanted = 4 * (int64_t)threads;
-    if (p->busy_count && units * p->busy_count / (run ? run : 1) < wanted) run = units * p->busy_count / wanted;
-    p->run = run < 1 ? 1 : run > units ? (units ? units : 1) : run;
-    p->runs = (units + p->run - 1) / p->run;
+    const int64_t blocks = p->w->row_blocks, wanted = 4 * (int64_t)threads;
+    int64_t run = TASK_BYTES / (p->w->groups * p->w->tile_bytes);
+    if (run > blocks * p->busy_count / wanted) run = blocks * p->busy_count / wanted;
+    p->run = run < 2 ? 2 : run / 2 * 2;
+    p->runs = (blocks + p->run - 1) / p->run;
 }
 
 static void store(const product *p, int64_t pair, int64_t block, const float *from) {
@@ -157,27 +157,30 @@ static void add_bias(const product *p, int64_t expert, int64_t block, int64_t co
         for (int n = 0; n < ROWS; n++) out[i][n] += bias[n];
 }
 
+/* Two row blocks at a time: a gate's and its up projection's, or neighbours. */
 static void product_task(const product *p, int64_t number) {
-    const int64_t expert = p->busy[number / p->runs], unit = p->gated ? 2 : 1;
-    const int64_t from = number % p->runs * p->run, units = p->w->row_blocks / unit;
-    const int64_t to = from + p->run < units ? from + p->run : units;
+    const int64_t expert = p->busy[number / p->runs], from = number % p->runs * p->run;
+    const int64_t to = from + p->run < p->w->row_blocks ? from + p->run : p->w->row_blocks;
     const int64_t block_bytes = p->w->groups * p->w->tile_bytes;
     const uint8_t *tiles = p->w->tiles + expert * p->w->row_blocks * block_bytes;
-    float gate[PANEL][ROWS] __attribute__((aligned(ALIGN))), up[PANEL][ROWS] __attribute__((aligned(ALIGN)));
+    float one[PANEL][ROWS] __attribute__((aligned(ALIGN))), two[PANEL][ROWS] __attribute__((aligned(ALIGN)));
+    float(*const out[2])[ROWS] = {one, two};
     for (int64_t start = p->first[expert]; start < p->first[expert + 1]; start += PANEL) {
         const int64_t left = p->first[expert + 1] - start, count = left < PANEL ? left : PANEL;
-        for (int64_t b = from; b < to; b++) {
-            const uint8_t *at = tiles + b * unit * block_bytes;
-            p->table->product(p->w, at, &p->x, p->row_of + start, count, gate);
-            add_bias(p, expert, b * unit, count, gate);
-            if (p->gated) {
-                p->table->product(p->w, at + block_bytes, &p->x, p->row_of + start, count, up);
-                add_bias(p, expert, b * unit + 1, count, up);
-            }
+        for (int64_t block = from; block < to; block += 2) {
+            const int32_t blocks = to - block < 2 ? 1 : 2;
+            p->table->product(p->w, tiles + block * block_bytes, blocks, &p->x, p->row_of + start, count, out);
+            for (int32_t b = 0; b < blocks; b++) add_bias(p, expert, block + b, count, out[b]);
             for (int64_t i = 0; i < count; i++) {
-                if (p->activation != ACT_NONE)
-                    p->table->activate(p->activation, p->limit, gate[i], p->gated ? up[i] : NULL, gate[i]);
-                store(p, start + i, b, gate[i]);
+                if (p->gated) {
+                    p->table->activate(p->activation, p->limit, one[i], two[i], one[i]);
+                    store(p, start + i, block / 2, one[i]);
+                    continue;
+                }
+                for (int32_t b = 0; b < blocks; b++) {
+                    if (p->activation != ACT_NONE) p->table->activate(p->activation, p->limit, out[b][i], NULL, out[b][i]);
+                    store(p, start + i, block + b, out[b][i]);
+                }
             }
         }
     }

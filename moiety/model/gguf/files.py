@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -18,9 +18,13 @@ from torch import Tensor
 from moiety import cost, storage
 from moiety.config import ModelConfig
 from moiety.errors import UsageError
+from moiety.formats import FORMATS
+from moiety.formats.numbers import Codes
+from moiety.formats.tiles import PackedWeight, pack_codes
 from moiety.model.gguf import header, metadata, names, tensors, vocabulary
 from moiety.model.gguf.header import GGUFFile, StoredTensor, TensorType
 from moiety.model.gguf.names import Architecture, Link
+from moiety.model.slots import install_stored, slots
 from moiety.model.tokenizer import Tokenizer
 from moiety.model.transformer import Transformer
 
@@ -48,7 +52,9 @@ LAYER = re.compile(r"blk\.(\d{1,6})\.")
 ROUTERS = ("ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight")
 
 
-def load_gguf(path: str | Path, dtype: torch.dtype | None = None, backend: str = "auto") -> Transformer:
+def load_gguf(
+    path: str | Path, dtype: torch.dtype | None = None, backend: str = "auto", packed: bool = False
+) -> Transformer:
     """Read a model from a GGUF file; it comes in evaluation mode.
 
     Args:
@@ -56,6 +62,7 @@ def load_gguf(path: str | Path, dtype: torch.dtype | None = None, backend: str =
         dtype: Of the weights in memory; None is float32 for quantised files, else what the matrices are stored as.
             A selection bias is float32.
         backend: Who multiplies the experts; see `moiety.backends`.
+        packed: Keep blocks of the types in `tensors.BLOCKS` as they are; other quantised tensors are decoded.
 
     Raises:
         FormatError: not a GGUF file, cut, of an unknown architecture, or tensors missing, left over or misshapen.
@@ -76,14 +83,46 @@ def load_gguf(path: str | Path, dtype: torch.dtype | None = None, backend: str =
     _check(file, config, links, state)
     kind = dtype or _stored_dtype(file, links)
     filled: dict[str, Tensor] = {}
+    stored = dict(_blocks(file, config, links, model)) if packed else {}
     for name, shape in shapes.items():
+        if name in stored:
+            continue
         own = torch.float32 if name.endswith("selection_bias") else kind
         filled[name] = torch.empty(shape, dtype=own)
     for link in links:
-        target = tensors.view(filled[link.ours], link, config.attention.mla)
-        tensors.decode_into(target, file.tensors[link.theirs])
-    model.load_state_dict(filled, assign=True)
+        if link.ours not in stored:
+            target = tensors.view(filled[link.ours], link, config.attention.mla)
+            tensors.decode_into(target, file.tensors[link.theirs])
+    model.load_state_dict(filled, assign=True, strict=not packed)
+    if packed:
+        install_stored(model, stored)
     return model.eval()
+
+
+def _blocks(
+    file: GGUFFile, config: ModelConfig, links: list[Link], model: Transformer
+) -> Iterator[tuple[str, PackedWeight]]:
+    """What is stored in blocks that can be multiplied with, by our parameter; rows move, a row's blocks do not."""
+    for slot in (slot for group in slots(model).values() for slot in group):
+        ours = slot.parameter if slot.parameter in model.state_dict() else "embed.weight"
+        mine = [link for link in links if link.ours == ours]
+        kinds = {file.tensors[link.theirs].type.name for link in mine}
+        if len(kinds) != 1 or not kinds <= tensors.BLOCKS.keys():
+            continue
+        form = FORMATS[tensors.BLOCKS[kinds.pop()]]
+        shape = model.get_parameter(ours).shape
+        groups = (*shape[:-1], shape[-1] // form.group)
+        whole = Codes(
+            torch.empty(shape, dtype=torch.uint8),
+            torch.empty(groups, dtype=torch.float16),
+            torch.empty(groups, dtype=torch.float16) if form.minimum else None,
+        )
+        for link in mine:
+            for target, part in zip(whole, tensors.codes_of(file.tensors[link.theirs]), strict=True):
+                if target is not None and part is not None:
+                    view = tensors.view(target, link, config.attention.mla)
+                    view.copy_(part.view(view.shape))
+        yield slot.parameter, pack_codes(whole, form, interleaved=slot.interleaved)
 
 
 def load_config(path: str | Path) -> ModelConfig:

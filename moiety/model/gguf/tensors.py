@@ -14,15 +14,18 @@ from torch import Tensor
 
 from moiety.config import MLAConfig
 from moiety.errors import DependencyError, FormatError, UsageError
+from moiety.formats.numbers import Codes
 from moiety.model.gguf.header import TYPES, StoredTensor, TensorType
 from moiety.model.gguf.names import Link
 
-__all__ = ["decode_into", "encode_to", "type_named", "view"]
+__all__ = ["BLOCKS", "codes_of", "decode_into", "encode_to", "type_named", "view"]
 
 CHUNK_ELEMENTS = 1 << 17  # float32 of this many fit the cache, which makes decoding twice as fast
 SCALED_MAX = 65504 * 8  # of Q4_0, whose float16 scale is an eighth of the largest number
 PLAIN = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 NUMBERS = {type_.name: number for number, type_ in TYPES.items()}
+# Types whose blocks are groups of a packed format.
+BLOCKS = {"Q4_0": "int4-g32", "Q4_1": "int4-g32-asym", "Q8_0": "int8-g32"}
 # What `gguf` decodes: 8-bit types for sums within a product, and integers, never hold weights.
 DECODED = frozenset(NUMBERS) - {"Q8_1", "Q8_K", "I8", "I16", "I32", "I64"}
 
@@ -69,6 +72,24 @@ def decode_into(target: Tensor, stored: StoredTensor) -> None:
         count = piece.numel()
         piece.copy_(_decoded(stored, at, at + count).view(piece.shape))
         at += count
+
+
+def codes_of(stored: StoredTensor) -> Codes:
+    """The codes and scales of a stored matrix or stack as they stand, in the format of `BLOCKS`.
+
+    Raises:
+        FormatError: a scale that is no number.
+    """
+    kind, shape = stored.type, stored.shape
+    block = torch.from_numpy(np.frombuffer(stored.raw, dtype=np.uint8).copy()).view(-1, kind.block_bytes)
+    heads = 2 if kind.name == "Q4_1" else 1
+    head = block[:, : 2 * heads].contiguous().view(torch.float16)
+    if not bool(head.isfinite().all()):
+        raise FormatError(f"{stored.file}: tensor {stored.name} has a scale that is not finite")
+    code = block[:, 2 * heads :]
+    code = code ^ 128 if kind.name == "Q8_0" else torch.cat([code & 15, code >> 4], dim=1)
+    scale, minimum = (head[:, part].reshape(*shape[:-1], -1) for part in (0, heads - 1))
+    return Codes(code.reshape(shape), scale, minimum if heads == 2 else None)
 
 
 def encode_to(file: BinaryIO, source: Tensor, kind: TensorType, name: str) -> None:

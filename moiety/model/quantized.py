@@ -1,0 +1,193 @@
+"""Packed models in folders: what `config.json` says of them, and tiles that are mapped instead of read.
+
+`docs/quantization.md` describes the layout. Writing is `checkpoint.write_model`'s.
+"""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moiety import cost, storage
+from moiety.config import ModelConfig
+from moiety.errors import ConfigError, FormatError
+from moiety.formats import format_named
+from moiety.formats.tiles import PackedWeight, shape_of
+from moiety.model import layout
+from moiety.model.families import OWN
+from moiety.model.slots import Group, Slot, install, packed_matrices, slots
+from moiety.model.tensor_file import DTYPE_NAMES, TensorFile, open_tensors, shown
+from moiety.model.transformer import Transformer
+from moiety.moe.packed import MixedExperts
+
+__all__ = ["METHOD", "VERSION", "description", "load_quantized"]
+
+METHOD = "moiety"
+VERSION = 1
+
+
+def description(model: Transformer) -> dict[str, Any]:
+    """The `quantization_config` of a packed model as an entry of `config.json`; empty where nothing is packed."""
+    matrices = packed_matrices(model)
+    if not matrices:
+        return {}
+    mixed = {path: one for path, one in model.named_modules() if isinstance(one, MixedExperts)}
+    return {
+        "quantization_config": {
+            "quant_method": METHOD,
+            "version": VERSION,
+            "tensors": {path: _said(one.weight) for path, one in matrices.items()},
+            "numbers": {path: [list(part) for part in one.numbers] for path, one in mixed.items()},
+        }
+    }
+
+
+def _said(weight: PackedWeight) -> dict[str, Any]:
+    names = ("experts", "rows", "columns", "interleaved")
+    return {"format": weight.form.name, **{name: getattr(weight, name) for name in names}}
+
+
+def load_quantized(folder: Path, *, backend: str = "auto", dtype: torch.dtype | None = None) -> Transformer:
+    """Map a packed model, in evaluation mode and without gradients; `dtype` is of what is not packed.
+
+    The file of tiles must not be changed while the model is in use; replacing the folder is no change.
+
+    Raises:
+        FormatError: a file is missing or damaged, or says something else than the others.
+        ConfigError: a model that this program does not compute.
+        StorageError: the system refused to read or map.
+    """
+    file = storage.inside(folder, "config.json")
+    values = storage.read_json(file)
+    said = values.pop("quantization_config")
+    if said.get("version") != VERSION:
+        raise FormatError(
+            f"{file} has version {reprlib.repr(said.get('version'))} of packed weights; allowed is {VERSION}",
+            hint="a newer program wrote it",
+        )
+    config = OWN.read(values)
+    tensors, numbers = (_objects(file, said, key) for key in ("tensors", "numbers"))
+    with (
+        open_tensors(storage.inside(folder, layout.SINGLE)) as plain,
+        open_tensors(storage.inside(folder, layout.TILES)) as tiles,
+    ):
+        _check_size(file, config, [plain, tiles])
+        with torch.device("meta"):
+            model = Transformer(config, backend=backend, initialize=False)
+            _install(file, model, tensors, numbers)
+        _check(model.state_dict(), plain, tiles)
+        state = {name: _as(plain.read(name), name, dtype) for name in plain.places}
+        model.load_state_dict({**state, **tiles.mapped()}, assign=True)
+    return model.requires_grad_(False).eval()
+
+
+def _objects(file: Path, said: Mapping[str, Any], key: str) -> dict[str, Any]:
+    value = said.get(key)
+    if not isinstance(value, dict):
+        raise FormatError(
+            f"{file} has {key} {reprlib.repr(value)} in quantization_config; allowed is an object"
+        )
+    return value
+
+
+def _as(tensor: Tensor, name: str, dtype: torch.dtype | None) -> Tensor:
+    return tensor if dtype is None or name.endswith("selection_bias") else tensor.to(dtype)
+
+
+def _check_size(file: Path, config: ModelConfig, files: Sequence[TensorFile]) -> None:
+    """Refuse a config far beyond the weights before anything is built by it."""
+    count = sum(len(one.places) for one in files)
+    stored = sum(place.size_bytes for one in files for place in one.places.values())
+    described = cost.parameters(config).total if config.layers <= count else None
+    if described is None or described > 16 * stored + (1 << 20):
+        raise FormatError(
+            f"{file} describes {config.layers} layers, but {count} tensors with {stored:,} bytes are stored",
+            hint="config.json is of another model",
+        )
+
+
+def _install(file: Path, model: Transformer, tensors: Mapping[str, Any], numbers: Mapping[str, Any]) -> None:
+    """Put packed layers without content where `config.json` says that they are."""
+    left, unread = set(tensors), set(numbers)
+    for path, group in slots(model).items():
+        parts = _numbers(file, path, numbers[path], group[0].experts) if path in numbers else None
+        unread.discard(path)
+        made = []
+        for place, members in enumerate(parts or [None]):
+            inside = path if members is None else f"{path}.parts.{place}"
+            keys = {slot: f"{inside}.{slot.leaf}" if slot.leaf else inside for slot in group}
+            if parts is None and not any(key in tensors for key in keys.values()):
+                break
+            weights = {
+                slot.leaf: _weight(file, slot, key, tensors.get(key), members) for slot, key in keys.items()
+            }
+            left -= set(keys.values())
+            made.append(Group(weights, members))
+        if made:
+            install(model, path, made)
+    if left or unread:
+        raise FormatError(
+            f"{file} says that {layout.listed(sorted(left | unread))} is packed, which such a model has not"
+        )
+
+
+def _numbers(file: Path, path: str, said: Any, experts: int) -> list[tuple[int, ...]]:
+    """Which experts are in which stack."""
+    lists = isinstance(said, list) and len(said) > 1 and all(isinstance(part, list) and part for part in said)
+    flat = [number for part in said for number in part] if lists else []
+    whole = all(type(number) is int for number in flat) and sorted(flat) == list(range(experts))
+    if not whole or any(part != sorted(part) for part in said):
+        raise FormatError(
+            f"{file} has numbers {reprlib.repr(said)} for {path}; allowed is two or more ascending lists that hold 0 "
+            f"to {experts - 1} once each"
+        )
+    return [tuple(part) for part in said]
+
+
+def _weight(file: Path, slot: Slot, key: str, said: Any, members: tuple[int, ...] | None) -> PackedWeight:
+    """One matrix or stack, without content, if what is said of it is what the model has there."""
+    wanted = slot._replace(experts=slot.experts if members is None else len(members))
+    name = said.get("format") if isinstance(said, dict) else None
+    try:
+        form = format_named(name if isinstance(name, str) else "")
+    except ConfigError as error:
+        raise FormatError(f"{file}: {shown(key)} is {reprlib.repr(said)}: {error.message}") from error
+    sizes = {"experts": wanted.experts, "rows": wanted.rows, "columns": wanted.columns}
+    packed = PackedWeight(
+        form=form,
+        **sizes,
+        interleaved=wanted.interleaved,
+        tiles=torch.empty(shape_of(form, **sizes, interleaved=wanted.interleaved), dtype=torch.uint8),
+    )
+    if said != _said(packed):
+        raise FormatError(f"{file}: {shown(key)} is {reprlib.repr(said)}; by the model it is {_said(packed)}")
+    return packed
+
+
+def _check(wanted: Mapping[str, Tensor], plain: TensorFile, tiles: TensorFile) -> None:
+    """Both files hold exactly the model's tensors."""
+    for file, mine in ((plain, False), (tiles, True)):
+        names = {name for name in wanted if name.endswith(".tiles") == mine}
+        for said, some in (("lacks", names - file.places.keys()), ("also has", file.places.keys() - names)):
+            if some:
+                raise FormatError(
+                    f"{file.path} {said} {layout.listed(sorted(some))}",
+                    hint="config.json is of another model",
+                )
+        for name in names:
+            place, shape = file.places[name], tuple(wanted[name].shape)
+            right = (
+                place.dtype == torch.uint8
+                if mine
+                else place.dtype.is_floating_point and place.dtype.itemsize > 1
+            )
+            if place.shape != shape or not right:
+                raise FormatError(
+                    f"{file.path}: tensor {shown(name)} is {DTYPE_NAMES[place.dtype]} {place.shape}; allowed is "
+                    f"{'U8' if mine else 'a floating point type'} {shape}"
+                )

@@ -1,0 +1,172 @@
+"""Where a model may hold packed weights, and how they get there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple
+
+from torch import Tensor, nn
+
+from moiety.formats import FORMATS
+from moiety.formats.tiles import PackedWeight, pack
+from moiety.model.transformer import Transformer
+from moiety.moe.experts import Experts, FeedForward
+from moiety.moe.packed import MixedExperts, PackedExperts, PackedFeedForward, PackedLinear
+
+__all__ = [
+    "Group",
+    "Kind",
+    "Slot",
+    "install",
+    "install_stored",
+    "kind_of",
+    "packed_matrices",
+    "pair_of",
+    "slots",
+    "source_of",
+]
+
+Kind = Literal["experts", "shared", "dense", "attention", "head", "embedding", "router", "norm", "other"]
+ROUTER = ("gate", "gate_noise", "shared_gate", "selection_bias")
+
+
+class Slot(NamedTuple):
+    """A matrix, or a stack of them, that may be packed.
+
+    Args:
+        path: The module that is replaced.
+        leaf: Which of its projections: `gate_up`, `up` or `down`; empty for an `nn.Linear`.
+        experts: E, 1 for a matrix.
+        rows: Of one matrix.
+        columns: Of one matrix.
+        interleaved: Gate and up rows alternate in tiles.
+    """
+
+    path: str
+    leaf: str
+    experts: int
+    rows: int
+    columns: int
+    interleaved: bool
+
+    @property
+    def parameter(self) -> str:
+        """The parameter that holds it while it is not packed."""
+        return f"{self.path}.{self.leaf or 'weight'}"
+
+
+class Group(NamedTuple):
+    """Packed weights of a module by leaf; `numbers` are the experts they are of, None means all."""
+
+    weights: Mapping[str, PackedWeight]
+    numbers: tuple[int, ...] | None = None
+
+
+def kind_of(name: str) -> Kind:
+    """What part of a model a parameter belongs to, by its name."""
+    parts = name.split(".")
+    if parts[0] in ("embed", "head"):
+        return "embedding" if parts[0] == "embed" else "head"
+    if any(part in ROUTER for part in parts):
+        return "router"
+    if any(part.endswith("norm") for part in parts):
+        return "norm"
+    if "experts" in parts:
+        return "experts"
+    if "shared" in parts:
+        return "shared"
+    if "attention" in parts:
+        return "attention"
+    return "dense" if "feed_forward" in parts else "other"
+
+
+def slots(model: Transformer) -> dict[str, tuple[Slot, ...]]:
+    """What can be packed and is not, by the path of the module that goes as a whole.
+
+    Routers stay out, and so does `kv_b` of latent attention: its halves are multiplied apart from each other.
+    The head of a tied model is one too, though it has no parameter of its own.
+    """
+    found: dict[str, tuple[Slot, ...]] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, Experts | FeedForward):
+            leaves = (module.up_name, "down")
+            weights = [module.get_parameter(leaf) for leaf in leaves]
+            found[path] = tuple(
+                Slot(path, leaf, *_stack(weight), interleaved=leaf == "gate_up")
+                for leaf, weight in zip(leaves, weights, strict=True)
+            )
+        elif isinstance(module, nn.Linear) and kind_of(path) == "attention" and not path.endswith(".kv_b"):
+            found[path] = (Slot(path, "", *_stack(module.weight), interleaved=False),)
+    if not isinstance(model.head, PackedLinear):
+        found["head"] = (Slot("head", "", *_stack(source_of(model, "head.weight")), interleaved=False),)
+    return found
+
+
+def _stack(weight: Tensor) -> tuple[int, int, int]:
+    rows, columns = weight.shape[-2:]
+    return (weight.shape[0] if weight.dim() == 3 else 1), rows, columns
+
+
+def source_of(model: Transformer, parameter: str) -> Tensor:
+    """The weights of a slot; a tied head's are the embedding's."""
+    if parameter == "head.weight" and not isinstance(model.head, nn.Linear):
+        return model.embed.weight
+    return model.get_parameter(parameter)
+
+
+def install(model: Transformer, path: str, groups: Sequence[Group]) -> None:
+    """Put packed weights in the place of a module, whose biases they take over; it is dropped."""
+    if path == "head":
+        model.head = PackedLinear(groups[0].weights[""], None if model.head is None else model.head.bias)
+        return
+    module = model.get_submodule(path)
+    made: nn.Module
+    if isinstance(module, nn.Linear):
+        made = PackedLinear(groups[0].weights[""], module.bias)
+    else:
+        assert isinstance(module, Experts | FeedForward), (path, type(module))
+        parts = [pair_of(module, group) for group in groups]
+        made = parts[0]
+        if groups[0].numbers is not None:
+            experts = [part for part in parts if isinstance(part, PackedExperts)]
+            made = MixedExperts(experts, [group.numbers or () for group in groups])
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, made)
+
+
+def pair_of(module: Experts | FeedForward, group: Group) -> PackedExperts | PackedFeedForward:
+    """What stands for some experts, or for a dense feed-forward: their packed weights, with the biases."""
+    made: list[PackedLinear] = []
+    for leaf in (module.up_name, "down"):
+        bias = getattr(module, f"{leaf}_bias", None)
+        if bias is not None and group.numbers is not None:
+            bias = bias[list(group.numbers)]
+        made.append(PackedLinear(group.weights[leaf], bias))
+    kind = PackedExperts if isinstance(module, Experts) else PackedFeedForward
+    return kind(
+        *made,
+        activation=module.activation,
+        gated=module.gated,
+        activation_limit=module.activation_limit,
+    )
+
+
+def install_stored(model: Transformer, stored: Mapping[str, PackedWeight]) -> None:
+    """Put weights that were stored in blocks where they belong, by parameter.
+
+    Where only one of a feed-forward's projections was, the other one is packed as the float32 numbers that it is.
+    """
+    for path, group in slots(model).items():
+        if any(slot.parameter in stored for slot in group):
+            weights = {}
+            for slot in group:
+                weights[slot.leaf] = stored.get(slot.parameter) or pack(
+                    source_of(model, slot.parameter).detach(), FORMATS["f32"], interleaved=slot.interleaved
+                )
+            install(model, path, [Group(weights)])
+    model.requires_grad_(False)
+
+
+def packed_matrices(model: Transformer) -> dict[str, PackedLinear]:
+    """Everything packed in a model, by path."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, PackedLinear)}

@@ -1,0 +1,228 @@
+"""Layers whose weights are packed: they stand where `nn.Linear`, `Experts` and `FeedForward` stood.
+
+Their tiles (`moiety/formats/tiles.py`) are buffers of bytes, so a change of dtype leaves them alone. They are
+multiplied with on a CPU and have no gradients: asking for one is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moiety.backends import cpu
+from moiety.errors import UsageError
+from moiety.formats.tiles import PackedWeight
+from moiety.routing import Routing
+
+__all__ = ["MixedExperts", "PackedExperts", "PackedFeedForward", "PackedLinear"]
+
+
+def _refuse_gradient(*inputs: Tensor) -> None:
+    if torch.is_grad_enabled() and any(one.requires_grad for one in inputs):
+        raise UsageError(
+            "packed weights have no gradients, and pass none on",
+            hint="run under torch.no_grad(), or train the model before it is packed",
+        )
+
+
+def _forget(module: nn.Module, keys: Any) -> None:
+    """After a state dict was loaded: what was made of the old tensors is made again."""
+    assert isinstance(module, PackedLinear), type(module)
+    module.forget()
+
+
+class PackedLinear(nn.Module):
+    """x W^T + b with a packed W, or a stack of such matrices for the layers below.
+
+    Buffers: `tiles`, uint8 (E, row blocks, groups, bytes of a tile); `bias` (F,) or (E, F), or None.
+
+    Args:
+        weight: Packed.
+        bias: Added to the product.
+    """
+
+    tiles: Tensor
+    bias: Tensor | None
+
+    def __init__(self, weight: PackedWeight, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.form, self.experts, self.interleaved = weight.form, weight.experts, weight.interleaved
+        self.rows, self.columns = weight.rows, weight.columns
+        self.register_buffer("tiles", weight.tiles)
+        self.register_buffer("bias", None if bias is None else bias.detach())
+        self.register_load_state_dict_post_hook(_forget)
+        self._matrix: cpu.Matrix | None = None
+
+    @property
+    def weight(self) -> PackedWeight:
+        """The weights, without the bias."""
+        return PackedWeight(
+            form=self.form,
+            experts=self.experts,
+            rows=self.rows,
+            columns=self.columns,
+            interleaved=self.interleaved,
+            tiles=self.tiles,
+        )
+
+    @property
+    def matrix(self) -> cpu.Matrix:
+        """The weights as the kernels take them."""
+        if self._matrix is None:
+            if self.tiles.device.type != "cpu":
+                raise UsageError(
+                    f"packed weights are on {self.tiles.device}, but are multiplied with on a CPU",
+                    hint="move the model to the CPU, or load the one that is not packed",
+                )
+            self._matrix = cpu.Matrix(self.weight, self.bias)
+        return self._matrix
+
+    def forget(self) -> None:
+        """Drop what was made of tiles and bias: they are others now."""
+        self._matrix = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) to (..., F), in x's dtype."""
+        assert self.experts == 1, self.experts
+        _refuse_gradient(x)
+        return cpu.linear(x, self.matrix)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
+        super()._apply(fn, recurse)
+        self.forget()
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy makes its own matrix: addresses are not copied."""
+        return {**self.__dict__, "_matrix": None}
+
+
+class _PackedPair(nn.Module):
+    """The two packed projections around an activation: `gate_up` or `up`, and `down`."""
+
+    def __init__(
+        self,
+        up: PackedLinear,
+        down: PackedLinear,
+        *,
+        activation: str = "silu",
+        gated: bool = True,
+        activation_limit: float = 7.0,
+    ) -> None:
+        super().__init__()
+        self.activation, self.gated, self.activation_limit = activation, gated, activation_limit
+        self.up_name = "gate_up" if gated else "up"
+        self.add_module(self.up_name, up)
+        self.down = down
+
+    @property
+    def weights(self) -> cpu.PackedExpertWeights:
+        """Both, as `cpu.expert_mlp` takes them."""
+        up = self.get_submodule(self.up_name)
+        assert isinstance(up, PackedLinear), type(up)
+        return cpu.PackedExpertWeights(
+            up=up.matrix,
+            down=self.down.matrix,
+            activation=self.activation,
+            gated=self.gated,
+            activation_limit=self.activation_limit,
+        )
+
+
+class PackedExperts(_PackedPair):
+    """`Experts` with packed weights; arguments as of `PackedFeedForward`, but stacks of E matrices."""
+
+    @property
+    def count(self) -> int:
+        """Number of experts E."""
+        return self.down.experts
+
+    @property
+    def d_model(self) -> int:
+        """Width D."""
+        return self.down.rows
+
+    def forward(self, x_TD: Tensor, routing: Routing) -> Tensor:
+        """y[token] = sum of weight * expert(x[token]), (T, D), in x's dtype."""
+        _refuse_gradient(x_TD, routing.weight_N)
+        return cpu.expert_mlp(x_TD, routing, self.weights)
+
+
+class PackedFeedForward(_PackedPair):
+    """`FeedForward` with packed weights: an expert that every token uses.
+
+    Args:
+        up: (2F, D), its halves interleaved, when gated; else (F, D).
+        down: (D, F).
+        activation: A name in `backends.weights.ACTIVATIONS`, or `CLAMPED`.
+        gated: act(gate) * up.
+        activation_limit: Of `CLAMPED`.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) to (..., D)."""
+        _refuse_gradient(x)
+        x_TD = x.reshape(-1, x.shape[-1])
+        tokens = len(x_TD)
+        everyone = Routing(
+            token_N=torch.arange(tokens),
+            weight_N=torch.ones(tokens),
+            counts_E=torch.tensor([tokens]),
+            tokens=tokens,
+        )
+        return cpu.expert_mlp(x_TD, everyone, self.weights).view(x.shape)
+
+
+class MixedExperts(nn.Module):
+    """Experts of which some are packed in one format and others in another: each format is a stack of its own.
+
+    Args:
+        parts: The stacks.
+        numbers: Of each stack, the numbers of its experts in ascending order; together they are 0 .. E - 1.
+    """
+
+    def __init__(self, parts: Sequence[PackedExperts], numbers: Sequence[Sequence[int]]) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+        self.numbers = tuple(tuple(part) for part in numbers)
+        assert [part.count for part in parts] == [len(part) for part in self.numbers], self.numbers
+        assert all(list(part) == sorted(part) for part in self.numbers), self.numbers
+        assert sorted(sum(self.numbers, ())) == list(range(self.count)), self.numbers
+
+    @property
+    def count(self) -> int:
+        """Number of experts E, of all stacks."""
+        return sum(map(len, self.numbers))
+
+    @property
+    def d_model(self) -> int:
+        """Width D."""
+        first = self.parts[0]
+        assert isinstance(first, PackedExperts), type(first)
+        return first.d_model
+
+    def forward(self, x_TD: Tensor, routing: Routing) -> Tensor:
+        """As `PackedExperts`; a token's answers are added up stack by stack."""
+        _refuse_gradient(x_TD, routing.weight_N)
+        y_TD = torch.zeros_like(x_TD)
+        for part, numbers in zip(self.parts, self.numbers, strict=True):
+            mine = _only(routing, torch.tensor(numbers))
+            if mine.pairs:
+                y_TD += part(x_TD, mine)
+        return y_TD
+
+
+def _only(routing: Routing, number_G: Tensor) -> Routing:
+    """The pairs of some experts alone, who are numbered from 0 in their order."""
+    chosen_E = torch.zeros(routing.experts, dtype=torch.bool)
+    chosen_E[number_G] = True
+    keep_N = chosen_E[routing.expert_N]
+    return Routing(
+        token_N=routing.token_N[keep_N],
+        weight_N=routing.weight_N[keep_N],
+        counts_E=routing.counts_E[number_G],
+        tokens=routing.tokens,
+    )

@@ -1,0 +1,297 @@
+"""Packing a model's weights: a policy says which tensor gets which format, a receipt says what became of each."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from moiety.config import option
+from moiety.errors import CheckFailed, ConfigError
+from moiety.formats import Format, format_named
+from moiety.formats.numbers import dequantize
+from moiety.formats.numbers import quantize as codes_for
+from moiety.formats.tiles import ROWS, PackedWeight, pack_codes, shape_of
+from moiety.model.slots import Group, Slot, install, kind_of, packed_matrices, slots, source_of
+from moiety.model.transformer import Transformer
+
+__all__ = ["Choice", "Line", "Policy", "PolicyFunction", "Receipt", "pack_stack", "policy_named", "quantize"]
+
+# A format, None to keep a tensor as it is, or for a stack of experts one format each.
+Choice = str | None | tuple[str, ...]
+PolicyFunction = Callable[[str, tuple[int, ...]], Choice]
+PARTS = ("experts", "shared", "dense", "attention", "head")
+CHUNK_NUMBERS = 1 << 20  # weights that are rounded at once: candidates for a code are a few times as many
+UNPACKABLE = ".kv_b.weight"
+HEAD = "int8-g32"  # beside formats of four bits: every token passes through the head
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """A format for each part of a model; an empty name keeps a part as it is.
+
+    Routers, norms, biases and the embedding are always kept.
+    """
+
+    experts: str = option("int4-g32", help="routed experts")
+    shared: str = option("int4-g32", help="experts that every token uses")
+    dense: str = option("int4-g32", help="feed-forwards of dense blocks")
+    attention: str = option("int4-g32", help="projections of attention")
+    head: str = option(HEAD, help="the output head")
+
+    def __post_init__(self) -> None:
+        for part in PARTS:
+            if getattr(self, part):
+                format_named(getattr(self, part))
+
+    def __call__(self, name: str, shape: tuple[int, ...]) -> str | None:
+        """What a tensor of this name is packed in."""
+        kind = kind_of(name)
+        is_matrix = len(shape) > 1 and not name.endswith("bias")
+        return (getattr(self, kind) or None) if kind in PARTS and is_matrix else None
+
+
+def policy_named(text: str) -> Policy:
+    """A policy in a word.
+
+    Args:
+        text: A format, for everything (the head of four-bit ones is int8-g32); "int4-mixed": experts in int4-g32, the
+            rest in int8-g32; or parts with their formats, "experts=int4-g32+head=int8-g32", the others kept.
+
+    Raises:
+        ConfigError: no such format or part.
+    """
+    if text == "int4-mixed":
+        return Policy(shared="int8-g32", dense="int8-g32", attention="int8-g32")
+    if "=" not in text:
+        form = format_named(text)
+        return Policy(**{**dict.fromkeys(PARTS, form.name), "head": form.name if form.bits > 4 else HEAD})
+    given = dict(word.partition("=")[::2] for word in text.split("+"))
+    unknown = sorted(given.keys() - set(PARTS))
+    if unknown:
+        raise ConfigError(f"{text!r} names {', '.join(unknown)}", hint=f"parts are {', '.join(PARTS)}")
+    return Policy(**{**dict.fromkeys(PARTS, ""), **given})
+
+
+class Line(NamedTuple):
+    """What became of one tensor.
+
+    Args:
+        name: Of the parameter.
+        shape: Of the parameter.
+        format: What it is packed in, with counts where experts differ; None where it is kept.
+        bytes_before: As a parameter; 0 for the head of a tied model, which had none.
+        bytes_after: With scales and padding.
+        relative_error: Norm of the change over the norm of the weights.
+        reason: Why it is kept, or what is special about it.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    format: str | None
+    bytes_before: int
+    bytes_after: int
+    relative_error: float = 0.0
+    reason: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Receipt:
+    """Every tensor of a model, and what became of it."""
+
+    lines: tuple[Line, ...]
+
+    @property
+    def bytes_before(self) -> int:
+        """Of the whole model."""
+        return sum(line.bytes_before for line in self.lines)
+
+    @property
+    def bytes_after(self) -> int:
+        """Of the whole model."""
+        return sum(line.bytes_after for line in self.lines)
+
+    def by_kind(self) -> dict[tuple[str, str], list[Line]]:
+        """Lines by part of the model and by format or reason."""
+        found: dict[tuple[str, str], list[Line]] = {}
+        for line in self.lines:
+            found.setdefault((kind_of(line.name), line.format or f"kept: {line.reason}"), []).append(line)
+        return found
+
+
+@torch.no_grad()
+def quantize(model: Transformer, policy: PolicyFunction) -> Receipt:
+    """Pack a model in place, one module after the other; each original is dropped when its tiles are made.
+
+    Nothing of the model has a gradient afterwards. What is packed already stays.
+
+    Args:
+        model: On the CPU.
+        policy: Asked with each parameter's name and shape; a tied head is "head.weight".
+
+    Raises:
+        ConfigError: a router, a norm or an embedding is given a format, one half of a feed-forward alone, or there is
+            no such format.
+        CheckFailed: a tensor was to be packed and is not.
+    """
+    before = {name: (tuple(one.shape), one.nbytes) for name, one in model.state_dict().items()}
+    places = slots(model)
+    names = {name: shape for name, (shape, _) in before.items()}
+    names.update({slot.parameter: (slot.rows, slot.columns) for slot in places.get("head", ())})
+    wanted = {name: policy(name, shape) for name, shape in names.items()}
+    if names.keys() - before.keys() and wanted["head.weight"] is None:
+        del names["head.weight"], wanted["head.weight"]  # it is the embedding, and stays that
+    packed_already = packed_matrices(model)
+    lines: dict[str, Line] = {}
+    for group in places.values():
+        if group[0].parameter in wanted and _together(group, wanted):
+            lines.update(_pack_module(model, group, wanted, before))
+    model.requires_grad_(False)
+    packable = {slot.parameter for group in places.values() for slot in group}
+    for name, (shape, size_bytes) in before.items():
+        if name not in lines:
+            owner = packed_already.get(name.rpartition(".")[0])
+            form = owner.form.name if owner is not None and name.endswith(".tiles") else None
+            reason = "packed before" if form else _why_kept(name, shape, wanted[name], name in packable)
+            lines[name] = Line(name, shape, form, size_bytes, size_bytes, reason=reason)
+    order = {name: place for place, name in enumerate(names)}
+    receipt = Receipt(lines=tuple(sorted(lines.values(), key=lambda line: order[line.name])))
+    _check(model, receipt, wanted)
+    return receipt
+
+
+def _why_kept(name: str, shape: tuple[int, ...], wanted: Choice, packable: bool) -> str:
+    kind = kind_of(name)
+    if len(shape) < 2 or name.endswith("bias"):
+        reason = "no matrix"
+    elif packable:
+        return "by the policy"
+    elif kind == "router":
+        reason = "it decides where tokens go"
+    elif kind == "embedding":
+        reason = "its rows are looked up"
+    elif name.endswith(UNPACKABLE):
+        return "latent attention multiplies its halves apart"
+    else:
+        return "not known here"
+    if wanted is not None:
+        raise ConfigError(
+            f"the policy packs {name} in {wanted}, but {reason}: it stays as it is",
+            hint="give None for routers, norms, biases and the embedding",
+        )
+    return reason
+
+
+def _together(group: tuple[Slot, ...], wanted: Mapping[str, Choice]) -> bool:
+    """True where all of a module's matrices get a format; some but not all is an error."""
+    given = [wanted[slot.parameter] is not None for slot in group]
+    if any(given) and not all(given):
+        lacking = group[given.index(False)].parameter
+        raise ConfigError(
+            f"the policy packs a part of {group[0].path} but not {lacking}",
+            hint="give it a format too: f32 and bf16 are formats",
+        )
+    return any(given)
+
+
+def _pack_module(
+    model: Transformer,
+    group: tuple[Slot, ...],
+    wanted: Mapping[str, Choice],
+    before: Mapping[str, tuple[tuple[int, ...], int]],
+) -> dict[str, Line]:
+    """Pack a module and say what became of its matrices."""
+    each = [_for_each_expert(slot, wanted[slot.parameter]) for slot in group]
+    members: dict[tuple[str, ...], list[int]] = {}
+    for expert, together in enumerate(zip(*each, strict=True)):
+        members.setdefault(together, []).append(expert)
+    packed: dict[tuple[str, ...], dict[str, PackedWeight]] = {names: {} for names in members}
+    lines: dict[str, Line] = {}
+    for place, slot in enumerate(group):
+        weight = source_of(model, slot.parameter).detach()
+        stack = weight if weight.dim() == 3 else weight[None]
+        change = size = 0.0
+        for names, numbers in members.items():
+            form = format_named(names[place])
+            packed[names][slot.leaf], errors = pack_stack(stack, numbers, form, slot.interleaved)
+            change, size = change + errors[0], size + errors[1]
+        said = [f"{names[place]} x {len(numbers)}" for names, numbers in members.items()]
+        lines[slot.parameter] = Line(
+            slot.parameter,
+            tuple(weight.shape),
+            ", ".join(said) if len(said) > 1 else next(iter(members))[place],
+            before[slot.parameter][1] if slot.parameter in before else 0,
+            sum(weights[slot.leaf].size_bytes for weights in packed.values()),
+            math.sqrt(change / size) if size else 0.0,
+            "" if slot.parameter in before else "a copy of the embedding",
+        )
+    mixed = len(members) > 1
+    made = [Group(packed[names], tuple(numbers) if mixed else None) for names, numbers in members.items()]
+    install(model, group[0].path, made)
+    if (
+        group[0].leaf and f"{group[0].path}.down_bias" in before
+    ):  # the layers that are packed name them otherwise
+        for name in (f"{slot.parameter}_bias" for slot in group):
+            lines[name] = Line(
+                name, before[name][0], None, before[name][1], before[name][1], reason="no matrix"
+            )
+    return lines
+
+
+def _for_each_expert(slot: Slot, choice: Choice) -> list[str]:
+    names = [choice] * slot.experts if isinstance(choice, str) else list(choice or ())
+    if len(names) != slot.experts:
+        raise ConfigError(f"the policy gives {len(names)} formats to the {slot.experts} of {slot.parameter}")
+    return [format_named(name).name for name in names]
+
+
+def pack_stack(
+    weight_ERC: Tensor, numbers: list[int], form: Format, interleaved: bool
+) -> tuple[PackedWeight, tuple[float, float]]:
+    """Pack some matrices of a stack, a few rows at a time.
+
+    Returns:
+        Them, and the sums of squares of their change and of themselves.
+    """
+    rows, columns = weight_ERC.shape[1:]
+    halves, sizes = 2 if interleaved else 1, {"experts": len(numbers), "rows": rows, "columns": columns}
+    tiles = torch.empty(shape_of(form, **sizes, interleaved=interleaved), dtype=torch.uint8)
+    step = max(CHUNK_NUMBERS // max(columns * halves, 1) // ROWS, 1) * ROWS
+    change = size = 0.0
+    for place, number in enumerate(numbers):
+        by_half = weight_ERC[number].unflatten(0, (halves, -1))
+        for start in range(0, rows // halves, step):
+            part_RC = by_half[:, start : start + step].flatten(0, 1).float()
+            codes = codes_for(part_RC, form)
+            change += float((dequantize(codes, form) - part_RC).square().sum())
+            size += float(part_RC.square().sum())
+            made = pack_codes(codes, form, interleaved=interleaved).tiles[0]
+            at = start // ROWS * halves
+            tiles[place, at : at + len(made)] = made
+    packed = PackedWeight(form=form, **sizes, interleaved=interleaved, tiles=tiles)
+    return packed, (change, size)
+
+
+def _check(model: Transformer, receipt: Receipt, wanted: Mapping[str, Choice]) -> None:
+    """The model as it is now against the receipt, and the receipt against the policy: nothing is missed or unsaid."""
+    now: dict[str, set[str]] = {}
+    for path, module in packed_matrices(model).items():
+        name = re.sub(r"\.parts\.\d+\.", ".", path)
+        name = name if name.endswith((".gate_up", ".up", ".down")) else f"{name}.weight"
+        now.setdefault(name, set()).add(module.form.name)
+    lines = {line.name: line for line in receipt.lines}
+    for name, choice in wanted.items():
+        line = lines.get(name)
+        if line is None or (line.format is None and choice is not None and not name.endswith(UNPACKABLE)):
+            raise CheckFailed(
+                f"{name} was to be packed in {choice} and is not",
+                hint="this part of the model cannot be packed: let the policy keep it",
+            )
+        said = {word.partition(" ")[0] for word in (line.format or "").split(", ") if word}
+        if said != now.get(name, set()) and not name.endswith(".tiles"):
+            raise CheckFailed(f"{name} is in {now.get(name)}, but the receipt says {line.format}")
