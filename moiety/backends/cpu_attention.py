@@ -42,7 +42,7 @@ class _CStep(ctypes.Structure):
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    library = cpu._library()
+    library = cpu.library()
     assert library is not None, "choose() says when there are no kernels"
     pointer, wide = ctypes.c_void_p, ctypes.c_int64
     library.moiety_attention.argtypes = [pointer] * 5
@@ -58,11 +58,6 @@ def _library() -> ctypes.CDLL:
     ]
     library.moiety_attention.restype = library.moiety_rms_norm.restype = None
     return library
-
-
-@functools.cache
-def _crew(threads: int, level: str) -> int:
-    return ctypes.addressof(cpu._crew(threads, level))  # which keeps it for good
 
 
 @functools.cache
@@ -223,7 +218,7 @@ def attention(layer: PagedLayer, step: RaggedStep, qkv_TW: Tensor) -> Tensor:
     assert qkv_TW.shape == (step.tokens, layer.width) and qkv_TW.dtype == torch.float32, qkv_TW.shape
     rows_TW = qkv_TW.contiguous()
     y_TW = torch.empty(step.tokens, layer.out_width)
-    address = _crew(torch.get_num_threads(), cpu.level())
+    address = cpu.crew()
     _library().moiety_attention(layer.address, step.address, rows_TW.data_ptr(), y_TW.data_ptr(), address)
     return y_TW
 
@@ -240,7 +235,7 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float, *, add_TD: Tensor | Non
     y_TD, width = torch.empty_like(x_TD), x_TD.shape[-1]
     for one in (x_TD, weight_D, *(() if add_TD is None else (add_TD,))):
         assert one.dtype == torch.float32 and one.is_contiguous(), (one.dtype, one.shape)
-    rows, crew = x_TD.numel() // width, _crew(torch.get_num_threads(), cpu.level())
+    rows, crew = x_TD.numel() // width, cpu.crew()
     added, weight = _address(add_TD), weight_D.data_ptr()
     _library().moiety_rms_norm(x_TD.data_ptr(), added, weight, eps, y_TD.data_ptr(), rows, width, crew)
     return y_TD

@@ -10,13 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from moiety.backends import cpu, cpu_routing
 from moiety.backends.matmul import multiply_into, multiply_rows, multiply_rows_back
 from moiety.errors import ConfigError, UsageError
 from moiety.moe.capacity import Capacity, passes
 from moiety.moe.dense_gradient import dense_gradient
 from moiety.moe.experts import Experts, FeedForward
 from moiety.moe.packed import MixedExperts, PackedExperts, PackedFeedForward
-from moiety.moe.routers import Router, RouterContext
+from moiety.moe.routers import Router, RouterContext, compiled
 from moiety.routing import Noise, Routing
 
 __all__ = ["MoE", "MoEOutput"]
@@ -235,6 +236,11 @@ class MoE(nn.Module):
             UsageError: the router needs token ids and got none.
         """
         self._check_pinned(pinned, len(x_TD))
+        best = self._compiled(x_TD) if pinned is None and valid_T is None else None
+        if best is not None:
+            assert self.gate is not None
+            gate, bias_E = self.gate, self.selection_bias
+            return cpu_routing.route(x_TD, gate.weight, best, gate_bias_E=gate.bias, bias_E=bias_E)
         needs = self.router.needs
         if needs.token_ids and token_id_T is None:
             raise UsageError("this router chooses by token id", hint="pass token_ids, one for each token")
@@ -261,6 +267,16 @@ class MoE(nn.Module):
         if self.gate is None:
             return pairs.with_weights(weight_N)
         return pairs.with_weights(weight_N, logits_TE=logits_TE, score_TE=score_TE, noise=noise)
+
+    def _compiled(self, x_TD: Tensor) -> cpu_routing.Best | None:
+        """How the compiled kernel decides as this router does; None where it cannot. Only beside packed experts."""
+        packed = isinstance(self.experts, PackedExperts | MixedExperts) and bool(cpu.level())
+        if not packed or self.training or torch.is_grad_enabled() or self.capacity is not None:
+            return None
+        fits = (
+            x_TD.device.type == "cpu" and self.choices <= cpu_routing.MOST_EXPERTS and self.gate_noise is None
+        )
+        return compiled(self.router) if fits else None
 
     def _choose(self, score_TE: Tensor, context: RouterContext, sequences: int) -> Routing:
         """The router's pairs, after what the capacity makes of them."""

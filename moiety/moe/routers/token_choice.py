@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from moiety.backends.cpu_routing import Best
 from moiety.errors import ConfigError
 from moiety.moe.routers.base import (
     TINY,
@@ -20,7 +21,18 @@ from moiety.moe.routers.base import (
 )
 from moiety.routing import Routing, top_k
 
-__all__ = ["GShard", "Hash", "NoisyTopK", "ReLU", "SigmoidTopK", "SparseMixer", "Switch", "TopK", "TopP"]
+__all__ = [
+    "GShard",
+    "Hash",
+    "NoisyTopK",
+    "ReLU",
+    "SigmoidTopK",
+    "SparseMixer",
+    "Switch",
+    "TopK",
+    "TopP",
+    "compiled",
+]
 
 
 @dataclass(frozen=True)
@@ -423,3 +435,21 @@ class SparseMixer:
             best_T1 = logits_TE.masked_fill(gone_TE, float("-inf")).amax(dim=-1, keepdim=True)
             far_TE = (best_T1 - logits_TE) / torch.maximum(logits_TE.abs(), best_T1) > 2 * self.jitter
         return logits_TE.masked_fill(far_TE | gone_TE, float("-inf"))
+
+
+def compiled(router: object) -> Best | None:
+    """The same decision for the compiled kernel; None for routers that it does not know, and inside of others."""
+    if type(router) not in (TopK, SigmoidTopK):
+        return None
+    assert isinstance(router, TopK | SigmoidTopK)
+    sigmoid = isinstance(router, SigmoidTopK)
+    return Best(
+        k=router.k,
+        sigmoid=sigmoid,
+        renormalize=router.renormalize,
+        tiny=1e-20 if sigmoid else TINY,
+        scale=router.scale,
+        groups=router.groups,
+        groups_kept=router.groups_kept,
+        group_best=router.group_best,
+    )
