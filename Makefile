@@ -60,7 +60,7 @@ $(VLLM_VENV)/.installed:
 	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
-interop: $(STAMP) $(VLLM_VENV)/.installed ## what we export, computed by vLLM and llama.cpp (minutes; installs both)
+interop: $(STAMP) $(VLLM_VENV)/.installed ## what we export, computed by vLLM and llama.cpp (installs both)
 	$(PIP) install --quiet --no-deps $(LLAMA_CPP)
 	MOIETY_VLLM_PYTHON=$(abspath $(VLLM_VENV))/bin/python \
 	    $(BIN)/python -m pytest -q -s tests/model/test_interop_vllm.py tests/model/test_gguf_llama_cpp.py

@@ -84,11 +84,8 @@ MODELS: Mapping[str, ModelConfig] = {
     "qwen3_moe-mixed": config(
         attention(qk_norm="head"), {"experts": 7, "experts_per_token": 3}, dense_layers=(1,)
     ),
-    "olmoe-tied": config(
-        attention(qk_norm="full", kv_heads=4),
-        {"experts_per_token": 3, "renormalize": False},
-        d_model=128,
-        tied=True,
+    "olmoe-plain": config(
+        attention(qk_norm="full", kv_heads=4), {"experts_per_token": 3, "renormalize": False}, d_model=128
     ),
     "flex_olmo-plain": config(attention(qk_norm="full"), {}, norm_place="post"),
     "granitemoe-factors": config(
@@ -150,8 +147,8 @@ MODELS: Mapping[str, ModelConfig] = {
     "llama4_text-chunks": config(chunked(128), LLAMA4),
 }
 # What vLLM must be told, by family. DeepSeek: its compiled rotation is wrong for queries with an axis for heads, so the
-# definition in torch is used. Llama 4: the growth of queries is not taken from config.json. gpt-oss: attention with sinks
-# gives NaN for the longer of two prompts computed together.
+# definition in torch is used. Llama 4: the growth of queries is not taken from config.json. gpt-oss: attention with
+# sinks gives NaN for the longer of two prompts computed together.
 NATIVE_ROTATION = {"compilation_config": {"custom_ops": ["-rotary_embedding"]}}
 OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "deepseek_v2": NATIVE_ROTATION,
