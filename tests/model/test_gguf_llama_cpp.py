@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import json
 import subprocess
@@ -17,8 +18,11 @@ from moiety.model import gguf
 from moiety.model.gguf import vocabulary
 from moiety.model.tokenizer import END_OF_TEXT, Tokenizer
 from moiety.model.transformer import Transformer
-from tests import gguf_models, tiny
+from tests import gguf_models, interop, tiny
 
+ENGINE = (
+    f"xllamacpp {importlib.metadata.version('xllamacpp')}" if importlib.util.find_spec("xllamacpp") else ""
+)
 CHILD = Path(__file__).parents[1] / "llama_cpp_child.py"
 pytestmark = [
     pytest.mark.slow,
@@ -51,14 +55,7 @@ def test_float32_files_give_the_same_probabilities_and_greedy_tokens(name: str, 
     prompt = torch.randint(1, 100, (17,)).tolist()
     ((tokens, probabilities),) = in_llama_cpp([(tmp_path / "it.gguf", prompt, 8, None)])
     assert 1 <= len(tokens) <= 8
-    for token, theirs in zip(tokens, probabilities, strict=True):
-        with torch.no_grad():
-            ours = model(torch.tensor([prompt])).logits[0, -1].log_softmax(-1)
-        assert len(theirs) > 100
-        for other, value in theirs.items():
-            assert abs(float(ours[int(other)]) - value) < 1e-4
-        assert int(ours.argmax()) == token
-        prompt.append(token)
+    interop.compare(model, prompt, tokens, probabilities, 1e-4).show(ENGINE, name)
 
 
 @pytest.mark.parametrize("kind", ["f16", "bf16", "q8_0", "q4_0"])
