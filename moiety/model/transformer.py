@@ -329,9 +329,9 @@ def _capacity(moe: MoEConfig) -> Capacity | None:
 
 def _feed_forward(config: ModelConfig, layer: int, backend: str) -> MoE | FeedForward:
     """The dense or Mixture-of-Experts feed-forward of one block."""
-    moe = config.moe
-    if moe is None or not config.is_moe(layer):
+    if config.moe is None or not config.is_moe(layer):
         return FeedForward(config.d_model, config.d_ff, activation=config.activation, gated=config.gated)
+    moe = config.moe.at(layer)
     return MoE(
         d_model=config.d_model,
         d_ff=moe.d_ff,

@@ -418,6 +418,7 @@ def _effective(config: ModelConfig) -> dict[str, Any]:
         del flat[path]
     if not config.dense_layers:
         flat |= {"d_ff": None, "activation": None, "gated": None}
+    flat["moe.per_layer"] = [one for one in moe.per_layer if one[1:] != (moe.experts, moe.experts_per_token)]
     if moe.groups == 1:
         flat["moe.group_score"] = None
     if moe.activation != "clamped_swiglu":
