@@ -10,6 +10,7 @@ import gguf as package
 import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
 
 from moiety.config import AttentionConfig, MLAConfig, ModelConfig, MoEConfig, RopeConfig
 from moiety.model.tokenizer import Tokenizer
@@ -111,6 +112,18 @@ def tokenizer() -> Tokenizer:
     inner.decoder = decoders.ByteLevel()
     inner.add_special_tokens([END])
     return Tokenizer(inner, end_token=END)
+
+
+def chat_tokenizer(frame: str = "<s> $A") -> Tokenizer:
+    """Words of one letter, and a token for every role that a special one can have."""
+    inner = tokenizers.Tokenizer.from_str(tokenizer().to_json())
+    inner.add_special_tokens(["<s>", "<unk>", "<fill>", "<im>", "<call>"])
+    inner.add_tokens(["<own>"])
+    if frame:
+        ids = [(one, inner.token_to_id(one)) for one in ("<s>", END)]
+        inner.post_processor = TemplateProcessing(single=frame, special_tokens=ids)
+    named = {"bos_token": "<s>", "unk_token": "<unk>", "pad_token": "<fill>"}
+    return Tokenizer(inner, end_token=END, special_tokens=named)
 
 
 def rewritten(source: Path, target: Path, changes: Mapping[str, Any], drop: tuple[str, ...] = ()) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -15,7 +16,7 @@ from moiety.model import checkpoint, gguf, hub
 from moiety.model.template import ChatTemplate
 from moiety.model.tokenizer import Tokenizer
 
-__all__ = ["convert", "read_tokenizer"]
+__all__ = ["convert", "end_tokens", "read_tokenizer"]
 
 # What stands beside the weights in the layout of transformers, and is taken over as it is.
 BESIDE = (
@@ -69,12 +70,19 @@ def convert(
         template = (
             None if tokenizer is None or tokenizer.chat_template is None else tokenizer.chat_template.text
         )
-        name = gguf.save_gguf(model, target, kind=kind, tokenizer=tokenizer, chat_template=template)
+        ends = () if tokenizer is None else end_tokens(place)
+        name = gguf.save_gguf(
+            model, target, kind=kind, tokenizer=tokenizer, chat_template=template, ends=ends
+        )
         return f"{name} in {kind}"
     with storage.new_folder(target, needed_bytes=checkpoint.size_bytes(model, dtype) + (1 << 24)) as folder:
         choice = checkpoint.write_model(folder, model, tokenizer=tokenizer, dtype=dtype)
         if copies:
             _keep_beside(place, folder, BESIDE if with_tokenizer else ("generation_config.json",))
+        elif tokenizer is not None:
+            ends = (tokenizer.end_id, *end_tokens(place))
+            for name in ("config.json", "generation_config.json") if len(ends) > 1 else ():
+                _note(folder / name, {"eos_token_id": list(ends)})
     return f"{choice.family.model_type} ({choice.reason})"
 
 
@@ -87,7 +95,6 @@ def read_tokenizer(place: Path) -> Tokenizer:
     if place.is_dir():
         return Tokenizer.load(place)
     tokenizer = gguf.read_tokenizer(place)
-    tokenizer.special_tokens = gguf.read_special_tokens(place)
     text = gguf.read_chat_template(place)
     if text is not None:
         tokenizer.chat_template = ChatTemplate(
@@ -96,16 +103,37 @@ def read_tokenizer(place: Path) -> Tokenizer:
     return tokenizer
 
 
+def end_tokens(place: Path) -> tuple[int, ...]:
+    """The tokens that end an answer by `generation_config.json`, or in a GGUF besides its end token.
+
+    Raises:
+        FormatError: they are no tokens.
+    """
+    if not place.is_dir():
+        return gguf.read_ends(place)
+    if not (place / "generation_config.json").is_file():
+        return ()
+    file = storage.inside(place, "generation_config.json")
+    named = storage.read_json(file).get("eos_token_id")
+    named = named if isinstance(named, list) else [] if named is None else [named]
+    if not all(isinstance(token, int) and not isinstance(token, bool) for token in named):
+        raise FormatError(f"{file} has eos_token_id {named!r:.80}; allowed is a token or a list of them")
+    return tuple(named)
+
+
 def _keep_beside(source: Path, folder: Path, names: tuple[str, ...]) -> None:
     """Files beside the weights, and the end tokens, of one checkpoint folder into another that is being filled."""
     for name in names:
         if (source / name).is_file():
             shutil.copyfile(storage.inside(source, name), folder / name)
     theirs = storage.read_json(storage.inside(source, "config.json"))
-    ours = storage.read_json(folder / "config.json")
-    ids = {key: theirs[key] for key in IDS if key in theirs}
+    _note(folder / "config.json", {key: theirs[key] for key in IDS if key in theirs})
+
+
+def _note(file: Path, ids: Mapping[str, object]) -> None:
+    """Put token ids into a file of a folder that is being filled."""
     try:
-        text = json.dumps({**ours, **ids}, indent=2, allow_nan=False)
+        text = json.dumps({**storage.read_json(file), **ids}, indent=2, allow_nan=False)
     except ValueError as error:
-        raise FormatError(f"{source / 'config.json'} has token ids that are none: {ids}") from error
-    (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+        raise FormatError(f"{file.name} has token ids that are none: {ids}") from error
+    file.write_text(text + "\n", encoding="utf-8")

@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any, final
 
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from moiety.errors import ConfigError, DataError, FormatError, StorageError
 from moiety.model.template import ChatTemplate, special_tokens
 from moiety.storage import write_atomically
 
-__all__ = ["END_OF_TEXT", "TextStream", "Tokenizer", "train_tokenizer"]
+__all__ = ["END_OF_TEXT", "TextStream", "Tokenizer", "put_before", "train_tokenizer"]
 
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST_VOCABULARY = 257
@@ -99,6 +99,14 @@ def _token_bytes(inner: tokenizers.Tokenizer) -> tuple[bytes, ...]:
                 hint="SentencePiece vocabularies are not supported",
             )
     return tuple(written)
+
+
+def put_before(inner: tokenizers.Tokenizer, token: str | None) -> None:
+    """Note in a vocabulary which token programs put before a text; None notes that they put nothing around it."""
+    added = [] if token is None else [(token, inner.token_to_id(token))]
+    inner.post_processor = processors.TemplateProcessing(
+        single=[*(name for name, _ in added), "$A"], pair=None, special_tokens=added
+    )
 
 
 def _read_json(path: Path) -> tuple[str, dict[str, Any]]:
@@ -188,7 +196,11 @@ class Tokenizer:
         except Exception as error:  # the library raises the bare class, never a subclass
             raise FormatError(f"{file} is not a tokenizer: {error}", hint="write it again") from error
         config_path = file.parent / "tokenizer_config.json"
-        named = special_tokens(_read_json(config_path)[1]) if config_path.exists() else {}
+        config = _read_json(config_path)[1] if config_path.exists() else {}
+        named, begin = special_tokens(config), config.get("add_bos_token")
+        bos = inner.token_to_id(named.get("bos_token", ""))
+        if isinstance(begin, bool) and bos is not None and begin != (inner.encode("").ids[:1] == [bos]):
+            put_before(inner, named["bos_token"] if begin else None)
         return cls(
             inner,
             end_token=_end_token(file.parent, inner.get_vocab(with_added_tokens=True)),
@@ -205,6 +217,11 @@ class Tokenizer:
     def fingerprint(self) -> str:
         """sha256 of the whole tokenizer: equal means equal tokens for every text."""
         return hashlib.sha256(f"{self.end_token}\n{self._inner.to_str()}".encode()).hexdigest()
+
+    @property
+    def around(self) -> tuple[int, ...]:
+        """Tokens that `tokenizer.json` wants around a text, mostly one before it or none; `encode` adds none."""
+        return tuple(self._inner.encode("", add_special_tokens=True).ids)
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a text; nothing is added before or after."""

@@ -59,6 +59,9 @@ def test_through_gguf_and_back(call: Call, mixtral: Path, tmp_path: Path) -> Non
     file, back = tmp_path / "small.gguf", tmp_path / "back"
     assert call("convert", mixtral, file, "--kind", "f32").code == 0
     assert call("convert", file, back).code == 0
+    end = Tokenizer.load(mixtral).end_id
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((back / name).read_text())["eos_token_id"] == [end, 5, 6]
     _same(mixtral, file, 1e-6)
     _same(mixtral, back, 1e-6)
     ours, theirs = Tokenizer.load(mixtral), Tokenizer.load(back)

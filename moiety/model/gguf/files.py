@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -29,6 +29,7 @@ __all__ = [
     "load_config",
     "load_gguf",
     "read_chat_template",
+    "read_ends",
     "read_special_tokens",
     "read_tokenizer",
     "save_gguf",
@@ -105,6 +106,11 @@ def read_chat_template(path: str | Path) -> str | None:
     return vocabulary.chat_template(header.read_file(path))
 
 
+def read_ends(path: str | Path) -> tuple[int, ...]:
+    """The tokens of a GGUF file that end an answer besides its end token."""
+    return vocabulary.ends(header.read_file(path))
+
+
 def read_special_tokens(path: str | Path) -> dict[str, str]:
     """`bos_token`, `eos_token` and so on of a GGUF file, those that it names."""
     return vocabulary.special_tokens(header.read_file(path))
@@ -118,6 +124,7 @@ def save_gguf(
     *,
     chat_template: str | None = None,
     name: str | None = None,
+    ends: Sequence[int] = (),
 ) -> str:
     """Write a model as a GGUF file; one that is there is replaced in one step.
 
@@ -130,6 +137,7 @@ def save_gguf(
         tokenizer: Written into the file; None writes a file that takes and gives token numbers.
         chat_template: Written into the file.
         name: The model's name in the file; None takes the file's.
+        ends: Tokens that end an answer besides the tokenizer's end token, at most two.
 
     Returns:
         The architecture it was written as.
@@ -154,7 +162,7 @@ def save_gguf(
     }
     if kind.startswith("q"):
         values["general.quantization_version"] = QUANTISATION_VERSION
-    values |= vocabulary.metadata(tokenizer, model.config.vocab_size)
+    values |= vocabulary.metadata(tokenizer, model.config.vocab_size, ends)
     if chat_template is not None:
         values["tokenizer.chat_template"] = chat_template
     entries = _entries(model.config, row, state, kind)

@@ -7,7 +7,7 @@ that reads it. Here they stand once, in the form that the models' own tokenizers
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,13 +16,14 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 
 from moiety.errors import FormatError, UsageError
 from moiety.model.gguf.header import GGUFFile
-from moiety.model.tokenizer import Tokenizer
+from moiety.model.tokenizer import Tokenizer, put_before
 
-__all__ = ["SPLITS", "chat_template", "metadata", "read", "special_tokens"]
+__all__ = ["SPLITS", "chat_template", "ends", "metadata", "read", "special_tokens"]
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5
 GPT2 = "gpt2"  # `tokenizer.ggml.model` of byte-level BPE
-SPECIAL = ("bos", "eos", "unknown", "padding")
+SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+ENDS = ("tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")  # end an answer as eos does
 VOCABULARY_MAX = 1 << 20
 
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -95,11 +96,14 @@ def read(file: GGUFFile) -> Tokenizer:
     inner.add_special_tokens([AddedToken(piece, normalized=False, special=True) for piece in added])
     own = [piece for piece, kind in zip(pieces, kinds, strict=True) if kind == USER_DEFINED]
     inner.add_tokens([AddedToken(piece, normalized=False, special=False) for piece in own])
-    end = special_tokens(file).get("eos_token")
-    if end is None:
+    named = special_tokens(file)
+    if "eos_token" not in named:
         raise file.error("tokenizer.ggml.eos_token_id", "is missing", "an end token is needed")
+    begins = file.values.get("tokenizer.ggml.add_bos_token", name in WHOLE_WORDS)  # as llama.cpp takes it
+    if begins and "bos_token" in named:
+        put_before(inner, named["bos_token"])
     try:
-        return Tokenizer(inner, end_token=end)
+        return Tokenizer(inner, end_token=named["eos_token"], special_tokens=named)
     except FormatError as error:
         raise file.error("tokenizer.ggml.tokens:", error.message, error.hint) from error
 
@@ -115,24 +119,34 @@ def chat_template(file: GGUFFile) -> str | None:
 def special_tokens(file: GGUFFile) -> dict[str, str]:
     """The special tokens that a file names: `bos_token`, `eos_token`, `unk_token`, `pad_token`."""
     pieces, _ = _tokens(file)
-    named = {}
-    for key, ours in zip(SPECIAL, ("bos_token", "eos_token", "unk_token", "pad_token"), strict=True):
-        token = file.values.get(f"tokenizer.ggml.{key}_token_id")
-        if token is None:
-            continue
-        if not isinstance(token, int) or not 0 <= token < len(pieces):
-            raise file.error(
-                f"tokenizer.ggml.{key}_token_id", f"is {token!r}; tokens are 0 to {len(pieces) - 1}"
-            )
-        named[ours] = pieces[token]
-    return named
+    ids = {ours: _named(file, f"tokenizer.ggml.{key}_token_id", len(pieces)) for ours, key in SPECIAL.items()}
+    return {ours: pieces[token] for ours, token in ids.items() if token is not None}
 
 
-def metadata(tokenizer: Tokenizer | None, vocab_size: int) -> dict[str, Any]:
+def ends(file: GGUFFile) -> tuple[int, ...]:
+    """The tokens besides `eos_token` that end an answer."""
+    pieces, _ = _tokens(file)
+    return tuple(token for key in ENDS if (token := _named(file, key, len(pieces))) is not None)
+
+
+def _named(file: GGUFFile, key: str, vocab_size: int) -> int | None:
+    token = file.values.get(key)
+    if token is None or (isinstance(token, int) and 0 <= token < vocab_size):
+        return token
+    raise file.error(key, f"is {token!r}; tokens are 0 to {vocab_size - 1}")
+
+
+def metadata(tokenizer: Tokenizer | None, vocab_size: int, ends: Sequence[int] = ()) -> dict[str, Any]:
     """What a file says of a vocabulary; tokens that only the model has are filled in as unused.
 
+    Args:
+        tokenizer: What to write; None notes that there is none.
+        vocab_size: Of the model.
+        ends: Tokens that end an answer as the end token does.
+
     Raises:
-        UsageError: the tokenizer is larger than the model's vocabulary, or GGUF has no name for how it splits text.
+        UsageError: the tokenizer is larger than the model's vocabulary, GGUF has no name for how it splits text,
+            or more ends than it has places for.
     """
     if tokenizer is None:
         return {"tokenizer.ggml.model": "none"}
@@ -152,14 +166,43 @@ def metadata(tokenizer: Tokenizer | None, vocab_size: int) -> dict[str, Any]:
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
     return {
         "tokenizer.ggml.model": GPT2,
+        **_special_metadata(tokenizer, {piece: token for token, piece in enumerate(pieces)}, ends),
         "tokenizer.ggml.pre": _name_of_split(said),
         "tokenizer.ggml.tokens": pieces,
         "tokenizer.ggml.token_type": kinds,
         "tokenizer.ggml.merges": merges,
-        "tokenizer.ggml.eos_token_id": tokenizer.end_id,
-        "tokenizer.ggml.padding_token_id": tokenizer.end_id,
-        "tokenizer.ggml.add_bos_token": False,
         "tokenizer.ggml.add_space_prefix": False,
+    }
+
+
+def _special_metadata(
+    tokenizer: Tokenizer, vocabulary: Mapping[str, int], ends: Sequence[int]
+) -> dict[str, Any]:
+    """Which tokens begin, end and fill, and which a program puts around a text."""
+    around, end_id = tokenizer.around, tokenizer.end_id
+    named = {
+        ours: vocabulary[piece] for ours, piece in tokenizer.special_tokens.items() if piece in vocabulary
+    }
+    if around and around[0] != end_id:
+        named.setdefault("bos_token", around[0])
+    named = {"pad_token": end_id, **named, "eos_token": end_id}
+    more = [token for token in dict.fromkeys(ends) if token != end_id]
+    if len(more) > len(ENDS):
+        raise UsageError(
+            f"a GGUF names the end token and {len(ENDS)} more that end an answer; here are {len(more)} more: {more}",
+            hint="leave some out of eos_token_id in generation_config.json",
+        )
+    beyond = [token for token in more if not 0 <= token < len(vocabulary)]
+    if beyond:
+        raise UsageError(
+            f"tokens {beyond} are to end an answer; the vocabulary is 0 to {len(vocabulary) - 1}"
+        )
+    begins = around[:1] == (named.get("bos_token"),)
+    return {
+        **{f"tokenizer.ggml.{key}_token_id": named[ours] for ours, key in SPECIAL.items() if ours in named},
+        **dict(zip(ENDS, more, strict=False)),
+        "tokenizer.ggml.add_bos_token": begins,
+        "tokenizer.ggml.add_eos_token": around[int(begins) :] == (end_id,),
     }
 
 
