@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moiety import cost, storage
 from moiety.config import ModelConfig
@@ -171,7 +171,7 @@ def is_gguf(path: Path) -> bool:
     return path.suffix == ".gguf" and not path.is_dir()
 
 
-def size_bytes(model: Transformer, dtype: torch.dtype | None = None) -> int:
+def size_bytes(model: nn.Module, dtype: torch.dtype | None = None) -> int:
     """Bytes of the weights on disk."""
     return sum(
         tensor.numel() * _stored_dtype(name, tensor.dtype, dtype).itemsize

@@ -11,10 +11,14 @@ from typing import Literal
 import torch
 
 from moiety import storage
-from moiety.errors import FormatError
+from moiety.errors import FormatError, UsageError
 from moiety.model import checkpoint, gguf, hub
+from moiety.model.load import is_switch, load
+from moiety.model.switch import SwitchTransformer
+from moiety.model.switch_files import MODEL_TYPE, write_switch
 from moiety.model.template import ChatTemplate
 from moiety.model.tokenizer import Tokenizer
+from moiety.model.transformer import Transformer
 
 __all__ = ["convert", "end_tokens", "read_tokenizer"]
 
@@ -25,6 +29,7 @@ BESIDE = (
     "generation_config.json",
     "merges.txt",
     "special_tokens_map.json",
+    "spiece.model",
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
@@ -64,9 +69,15 @@ def convert(
     """
     place = hub.resolve(source, revision=revision)
     copies = form == "hf" and place.is_dir()
+    if form == "gguf" and is_switch(place):
+        raise UsageError(
+            f"{source} is a Switch Transformer, and GGUF has no architecture for an encoder-decoder with experts",
+            hint="convert it to another dtype with --to hf --dtype bf16",
+        )
     tokenizer = read_tokenizer(place) if with_tokenizer and not copies else None
-    model = checkpoint.load(place, match=match)
+    model = load(place, match=match)
     if form == "gguf":
+        assert isinstance(model, Transformer), type(model)
         template = (
             None if tokenizer is None or tokenizer.chat_template is None else tokenizer.chat_template.text
         )
@@ -76,14 +87,19 @@ def convert(
         )
         return f"{name} in {kind}"
     with storage.new_folder(target, needed_bytes=checkpoint.size_bytes(model, dtype) + (1 << 24)) as folder:
-        choice = checkpoint.write_model(folder, model, tokenizer=tokenizer, dtype=dtype)
+        if isinstance(model, SwitchTransformer):
+            write_switch(folder, model, dtype=dtype)
+            done = MODEL_TYPE
+        else:
+            choice = checkpoint.write_model(folder, model, tokenizer=tokenizer, dtype=dtype)
+            done = f"{choice.family.model_type} ({choice.reason})"
         if copies:
             _keep_beside(place, folder, BESIDE if with_tokenizer else ("generation_config.json",))
         elif tokenizer is not None:
             ends = (tokenizer.end_id, *end_tokens(place))
             for name in ("config.json", "generation_config.json") if len(ends) > 1 else ():
                 _note(folder / name, {"eos_token_id": list(ends)})
-    return f"{choice.family.model_type} ({choice.reason})"
+    return done
 
 
 def read_tokenizer(place: Path) -> Tokenizer:
