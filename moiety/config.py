@@ -250,6 +250,7 @@ class MoEConfig:
     router_bias: bool = option(False, help="add a trained bias to the router logits (gpt-oss)")
     shared_d_ff: int = option(0, help="inner width of the always-active shared expert; 0 means none")
     shared_gate: bool = option(False, help="multiply the shared expert's output by a sigmoid gate (Qwen2)")
+    shared_bias: bool = option(False, help="add biases to the shared expert's projections")
     activation: Activation | Literal["clamped_swiglu"] = option(
         "silu",
         help="activation of the experts; clamped_swiglu is gpt-oss': (up + 1) * gate * sigmoid(1.702 gate)",
@@ -289,10 +290,11 @@ class MoEConfig:
             "eval_capacity_factor",
         ):
             require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must not be negative")
-        require(
-            not self.shared_gate or self.shared_d_ff > 0,
-            "shared_gate is set but shared_d_ff is 0: there is no shared expert to gate",
-        )
+        for name in ("shared_gate", "shared_bias"):
+            require(
+                not getattr(self, name) or self.shared_d_ff > 0,
+                f"{name} is set but shared_d_ff is 0: there is no shared expert",
+            )
         require(
             self.router != "switch" or not (self.selection_bias or self.scale != 1),
             "router 'switch' weighs by the plain probability: it has no selection_bias and no scale",
@@ -387,6 +389,7 @@ class ModelConfig:
     dense_layers: tuple[int, ...] = option((), help="layers that keep a dense feed-forward in an MoE model")
     activation: Activation = option("silu", help="activation of the dense feed-forward")
     gated: bool = option(True, help="gate x up in the dense feed-forward")
+    feed_forward_bias: bool = option(False, help="add biases to the dense feed-forward's projections")
     norm: Literal["rms", "layer"] = option("rms", help="RMSNorm, or LayerNorm (phi, dbrx)")
     norm_place: Literal["pre", "post", "both"] = option(
         "pre", help="norm of each sublayer's input, of its output before the residual sum, or of both (Grok)"

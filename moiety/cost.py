@@ -311,13 +311,25 @@ def _attention_vectors(config: ModelConfig) -> int:
 
 
 def _dense_feed_forward(config: ModelConfig) -> int:
+    """Weights of all dense feed-forwards, without biases."""
     return (config.layers - len(config.moe_layers)) * _matrices(config.gated) * config.d_model * config.d_ff
+
+
+def _biases(gated: bool, d_ff: int, d_model: int) -> int:
+    """Biases of one feed-forward."""
+    return (_matrices(gated) - 1) * d_ff + d_model
 
 
 def _expert(moe: MoEConfig, d_model: int) -> int:
     """Parameters of one expert."""
-    matrices = _matrices(moe.gated)
-    return matrices * d_model * moe.d_ff + ((matrices - 1) * moe.d_ff + d_model if moe.bias else 0)
+    biases = _biases(moe.gated, moe.d_ff, d_model) if moe.bias else 0
+    return _matrices(moe.gated) * d_model * moe.d_ff + biases
+
+
+def _shared(moe: MoEConfig, d_model: int) -> int:
+    """Parameters of the shared expert."""
+    biases = _biases(moe.gated, moe.shared_d_ff, d_model) if moe.shared_bias else 0
+    return _matrices(moe.gated) * d_model * moe.shared_d_ff + biases
 
 
 def _router_columns(moe: MoEConfig) -> int:
@@ -328,7 +340,7 @@ def _router_columns(moe: MoEConfig) -> int:
 def _moe_components(layers: Sequence[MoEConfig], d_model: int) -> dict[str, int]:
     return {
         "routed_experts": sum(moe.experts * _expert(moe, d_model) for moe in layers),
-        "shared_experts": sum(_matrices(moe.gated) * d_model * moe.shared_d_ff for moe in layers),
+        "shared_experts": sum(_shared(moe, d_model) for moe in layers),
         "routers": sum(
             d_model * _router_columns(moe) + moe.choices * (int(moe.router_bias) + int(moe.selection_bias))
             for moe in layers
@@ -340,12 +352,14 @@ def _decoder_components(config: ModelConfig) -> dict[str, int]:
     matrix = config.vocab_size * config.d_model
     norms_per_layer = 4 if config.norm_place == "both" else 2
     norm = config.d_model * (2 if config.norm_bias else 1)
+    each = _biases(config.gated, config.d_ff, config.d_model) if config.feed_forward_bias else 0
+    biases = (config.layers - len(config.moe_layers)) * each
     return {
         "embedding": matrix,
         "head": (0 if config.tied else matrix) + (config.vocab_size if config.head_bias else 0),
         "attention": config.layers * (_attention_matrices(config) + _attention_vectors(config)),
         "norms": (norms_per_layer * config.layers + 1) * norm,
-        "dense_feed_forward": _dense_feed_forward(config),
+        "dense_feed_forward": _dense_feed_forward(config) + biases,
         **_moe_components(_moe_layers(config), config.d_model),
         "relative_position": 0,
     }

@@ -51,6 +51,7 @@ def sigmoid(**changes: object) -> MoEConfig:
 MODELS: Mapping[str, ModelConfig] = {
     "llama-tied": config(tiny.attention(heads=5, kv_heads=1), tied=True),
     "llama-biases": config(tiny.attention(qkv_bias=True, out_bias=True, kv_heads=4), norm_eps=1e-4),
+    "llama-all-biases": config(tiny.attention(qkv_bias=True, out_bias=True), feed_forward_bias=True),
     "llama-interleaved": config(tiny.attention(rope_pairs="interleaved")),
     "llama-linear": config(tiny.attention(rope=RopeConfig(kind="linear", factor=2.5))),
     "llama-yarn": config(tiny.attention(rope=YARN)),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -96,9 +96,7 @@ def convert(
         if copies:
             _keep_beside(place, folder, BESIDE if with_tokenizer else ("generation_config.json",))
         elif tokenizer is not None:
-            ends = (tokenizer.end_id, *end_tokens(place))
-            for name in ("config.json", "generation_config.json") if len(ends) > 1 else ():
-                _note(folder / name, {"eos_token_id": list(ends)})
+            _note_ends(folder, [tokenizer.end_id, *end_tokens(place)])
     return done
 
 
@@ -135,6 +133,12 @@ def end_tokens(place: Path) -> tuple[int, ...]:
     if not all(isinstance(token, int) and not isinstance(token, bool) for token in named):
         raise FormatError(f"{file} has eos_token_id {named!r:.80}; allowed is a token or a list of them")
     return tuple(named)
+
+
+def _note_ends(folder: Path, ends: Sequence[int]) -> None:
+    """Put several end tokens into a folder that is being filled."""
+    for name in ("config.json", "generation_config.json") if len(ends) > 1 else ():
+        _note(folder / name, {"eos_token_id": list(ends)})
 
 
 def _keep_beside(source: Path, folder: Path, names: tuple[str, ...]) -> None:

@@ -330,7 +330,13 @@ def _capacity(moe: MoEConfig) -> Capacity | None:
 def _feed_forward(config: ModelConfig, layer: int, backend: str) -> MoE | FeedForward:
     """The dense or Mixture-of-Experts feed-forward of one block."""
     if config.moe is None or not config.is_moe(layer):
-        return FeedForward(config.d_model, config.d_ff, activation=config.activation, gated=config.gated)
+        return FeedForward(
+            config.d_model,
+            config.d_ff,
+            activation=config.activation,
+            gated=config.gated,
+            bias=config.feed_forward_bias,
+        )
     moe = config.moe.at(layer)
     return MoE(
         d_model=config.d_model,
@@ -344,6 +350,7 @@ def _feed_forward(config: ModelConfig, layer: int, backend: str) -> MoE | FeedFo
         router_bias=moe.router_bias,
         shared_d_ff=moe.shared_d_ff,
         shared_gate=moe.shared_gate,
+        shared_bias=moe.shared_bias,
         null_experts=moe.null_experts,
         null_kind=moe.null_kind,
         capacity=_capacity(moe),

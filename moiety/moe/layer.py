@@ -55,7 +55,12 @@ class _RouterLogits(torch.autograd.Function):
 
 
 def _check_sizes(
-    sizes: dict[str, int], shared_d_ff: int, shared_gate: bool, null_experts: int, null_kind: str
+    sizes: dict[str, int],
+    shared_d_ff: int,
+    shared_gate: bool,
+    shared_bias: bool,
+    null_experts: int,
+    null_kind: str,
 ) -> None:
     for name, size in sizes.items():
         if size < 1:
@@ -63,8 +68,9 @@ def _check_sizes(
     for name, size in (("shared_d_ff", shared_d_ff), ("null_experts", null_experts)):
         if size < 0:
             raise ConfigError(f"{name} is {size}; it must be at least 0")
-    if shared_gate and shared_d_ff < 1:
-        raise ConfigError("shared_gate is set, but shared_d_ff is 0: there is no shared expert to gate")
+    for name, given in (("shared_gate", shared_gate), ("shared_bias", shared_bias)):
+        if given and shared_d_ff < 1:
+            raise ConfigError(f"{name} is set, but shared_d_ff is 0: there is no shared expert")
     if null_kind not in ("identity", "zero"):
         raise ConfigError(f"null_kind is {null_kind!r}; allowed are 'identity' and 'zero'")
 
@@ -112,6 +118,7 @@ class MoE(nn.Module):
         router_bias: Add a trained bias to the router's logits.
         shared_d_ff: Inner width of an expert that every token uses (arXiv 2401.06066); 0 for none.
         shared_gate: Multiply the shared expert by sigmoid(x w) (Qwen2-MoE).
+        shared_bias: Add biases to the shared expert.
         null_experts: Further choices, numbered after the experts, that multiply nothing (arXiv 2509.01322).
         null_kind: "identity" (a null expert answers x) or "zero".
         capacity: What happens when an expert is wanted too much; None drops nothing.
@@ -139,6 +146,7 @@ class MoE(nn.Module):
         router_bias: bool = False,
         shared_d_ff: int = 0,
         shared_gate: bool = False,
+        shared_bias: bool = False,
         null_experts: int = 0,
         null_kind: str = "identity",
         capacity: Capacity | None = None,
@@ -149,7 +157,7 @@ class MoE(nn.Module):
     ) -> None:
         super().__init__()
         sizes = {"d_model": d_model, "d_ff": d_ff, "experts": experts}
-        _check_sizes(sizes, shared_d_ff, shared_gate, null_experts, null_kind)
+        _check_sizes(sizes, shared_d_ff, shared_gate, shared_bias, null_experts, null_kind)
         _check_company(router, capacity, weigh_input, null_experts)
         self.router, self.capacity, self.weigh_input = router, capacity, weigh_input
         self.null_kind, self.choices = null_kind, experts + null_experts
@@ -168,7 +176,7 @@ class MoE(nn.Module):
             **like,
         }
         self.experts = Experts(d_model, d_ff, experts, bias=bias, backend=backend, **shape)
-        self.shared = FeedForward(d_model, shared_d_ff, **shape) if shared_d_ff else None
+        self.shared = FeedForward(d_model, shared_d_ff, bias=shared_bias, **shape) if shared_d_ff else None
         self.shared_gate = nn.Linear(d_model, 1, bias=False, **like) if shared_gate else None
         bias_E = None
         if router.needs.bias:
