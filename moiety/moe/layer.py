@@ -95,6 +95,12 @@ def _check_company(router: Router, capacity: Capacity | None, weigh_input: bool,
         )
 
 
+def _check_length(name: str, given: Tensor | None, wanted: int, what: str) -> None:
+    """Refuse what would be broadcast, or fail far from here."""
+    if given is not None and tuple(given.shape) != (wanted,):
+        raise UsageError(f"{name} has shape {tuple(given.shape)}; one for each of {wanted} {what}s is wanted")
+
+
 class MoE(nn.Module):
     """A Mixture-of-Experts feed-forward.
 
@@ -228,9 +234,12 @@ class MoE(nn.Module):
 
         Raises:
             ConfigError: `pinned` is of other tokens or experts.
-            UsageError: the router needs token ids and got none.
+            UsageError: the router needs token ids and got none, or something is not one for each token or expert.
         """
         self._check_pinned(pinned, len(x_TD))
+        _check_length("valid", valid_T, len(x_TD), "token")
+        _check_length("token_ids", token_id_T, len(x_TD), "token")
+        _check_length("cost_E", cost_E, self.choices, "expert")
         needs = self.router.needs
         if needs.token_ids and token_id_T is None:
             raise UsageError("this router chooses by token id", hint="pass token_ids, one for each token")
