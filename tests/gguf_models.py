@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,7 @@ from typing import Any
 import gguf as package
 import numpy as np
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
 
 from moiety.config import AttentionConfig, MLAConfig, ModelConfig, MoEConfig, RopeConfig
@@ -125,6 +127,38 @@ def chat_tokenizer(frame: str = "<s> $A") -> Tokenizer:
         inner.post_processor = TemplateProcessing(single=frame, special_tokens=ids)
     named = {"bos_token": "<s>", "unk_token": "<unk>", "pad_token": "<fill>"}
     return Tokenizer(inner, end_token=END, special_tokens=named)
+
+
+@functools.cache
+def sentencepiece(
+    space: bool = True, size: int = 420
+) -> tuple[Tokenizer, tuple[tuple[str, float, int], ...]]:
+    """A vocabulary like Llama 2's, and its tokens with score and kind; merges cross words, some letters are bytes."""
+    first = [normalizers.Prepend("▁")] if space else []
+    normalizer = normalizers.Sequence([*first, normalizers.Replace(" ", "▁")])
+    trained = tokenizers.Tokenizer(models.BPE())
+    trained.normalizer = normalizer
+    text = [
+        "The cat's theme: the theatre, aaaa banana  bandana 123 1234 naïve",
+        "other  others   anaanaa\n\tin the end",
+    ]
+    trained.train_from_iterator(text * 3, trainers.BpeTrainer(vocab_size=size - 259, show_progress=False))
+    model = json.loads(trained.to_str())["model"]
+    special = [("<unk>", 0.0, 2), ("<s>", 0.0, 3), ("</s>", 0.0, 3)]
+    made = {"".join(pair): -float(place) for place, pair in reversed(list(enumerate(model["merges"])))}
+    letters = [(piece, made.get(piece, -1e6), 1) for piece in model["vocab"]]
+    rows = (*special, *((f"<0x{byte:02X}>", 0.0, 6) for byte in range(256)), *letters)
+    vocab = {piece: token for token, (piece, _, _) in enumerate(rows)}
+    merges = [tuple(pair) for pair in model["merges"]]
+    inner = tokenizers.Tokenizer(
+        models.BPE(vocab=vocab, merges=merges, byte_fallback=True, unk_token="<unk>")
+    )
+    inner.normalizer = normalizer
+    inner.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    inner.add_special_tokens(["<unk>", "<s>", "</s>"])
+    inner.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    named = {"bos_token": "<s>", "unk_token": "<unk>", "eos_token": "</s>", "pad_token": "</s>"}
+    return Tokenizer(inner, end_token="</s>", special_tokens=named), rows
 
 
 def rewritten(source: Path, target: Path, changes: Mapping[str, Any], drop: tuple[str, ...] = ()) -> None:

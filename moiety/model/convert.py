@@ -59,7 +59,7 @@ def convert(
         dtype: Of the weights in "hf"; None keeps each as it is.
         match: As of `checkpoint.load`.
         revision: On the hub.
-        with_tokenizer: From folder to folder its files are copied; into or out of a GGUF it must be byte-level BPE.
+        with_tokenizer: From folder to folder its files are copied; into or out of a GGUF it must be a BPE one.
 
     Returns:
         What it was written as, in words.
@@ -104,7 +104,7 @@ def read_tokenizer(place: Path) -> Tokenizer:
     """The tokenizer of a checkpoint folder or of a GGUF file, with its chat template.
 
     Raises:
-        FormatError: there is none, it is damaged, or it is not byte-level BPE.
+        FormatError: there is none, it is damaged, or it is not BPE.
     """
     if place.is_dir():
         return Tokenizer.load(place)

@@ -139,3 +139,22 @@ def test_answers_begin_and_end_where_the_file_says(tmp_path: Path) -> None:
     gguf.save_gguf(model, tmp_path / "it.gguf", "f32", gguf_models.chat_tokenizer(""), chat_template=template)
     bare = in_llama_cpp([(tmp_path / "it.gguf", "the ell", token) for token in (ours.end_id, other)])
     assert bare == [["stop", text - 1], ["length", text - 1]]
+
+
+@pytest.mark.parametrize("space", [True, False])
+def test_sentencepiece_texts_become_the_same_tokens(space: bool, tmp_path: Path) -> None:
+    tokenizer, rows = gguf_models.sentencepiece(space)
+    model = Transformer(gguf_models.config(vocab_size=len(rows))).eval()
+    tiny.fill(model)
+    gguf.save_gguf(model, tmp_path / "it.gguf", "f32", tokenizer)
+    read = gguf.read_tokenizer(tmp_path / "it.gguf")
+    texts = (TEXT, " the  theatre", "anaanaana\n\n", "bananas</s>the end", "aaaaaaaaaaa 12345")
+    (shown,) = [token for token, row in enumerate(rows) if row[0] == "a"]
+    for text in texts:
+        tokens = [1, *read.encode_with_special(text)]
+        prompts: list[list[int] | str] = [text, tokens, tokens[:-2] + tokens[-1:]]
+        of_text, of_tokens, of_others = in_llama_cpp(
+            [(tmp_path / "it.gguf", prompt, 1, shown) for prompt in prompts]
+        )
+        assert of_text == of_tokens, text
+        assert of_text != of_others

@@ -119,7 +119,8 @@ def test_a_model_without_a_tokenizer_has_none(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "drop", "said"),
     [
-        ({"model": "llama"}, (), "tokenizer.ggml.model is 'llama'"),
+        ({"model": "bert"}, (), "tokenizer.ggml.model is 'bert'"),
+        ({"model": "llama"}, (), "tokenizer.ggml.tokens lacks the byte <0x00>"),
         ({"pre": "chameleon"}, (), "tokenizer.ggml.pre is 'chameleon'"),
         ({}, ("pre",), "tokenizer.ggml.pre is None"),
         ({}, ("tokens",), "tokenizer.ggml.tokens is no list"),

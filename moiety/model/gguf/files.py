@@ -96,7 +96,7 @@ def read_tokenizer(path: str | Path) -> Tokenizer:
     """The vocabulary inside a GGUF file.
 
     Raises:
-        FormatError: not such a file, or its vocabulary is missing, damaged or not byte-level BPE.
+        FormatError: not such a file, or its vocabulary is missing, damaged or of another kind.
     """
     return vocabulary.read(header.read_file(path))
 
@@ -303,8 +303,8 @@ def _value(value: Any) -> bytes:
     if isinstance(value, str):
         return struct.pack("<I", header.STRING) + _text(value)
     if isinstance(value, np.ndarray):
-        assert value.dtype == np.int32, value.dtype
-        return struct.pack("<IIQ", header.ARRAY, 5, len(value)) + value.tobytes()
+        kind = {np.dtype(np.int32): 5, np.dtype(np.float32): 6}[value.dtype]
+        return struct.pack("<IIQ", header.ARRAY, kind, len(value)) + value.tobytes()
     assert isinstance(value, list), value
     count = struct.pack("<IIQ", header.ARRAY, header.STRING, len(value))
     return count + b"".join(_text(text) for text in value)

@@ -1,5 +1,6 @@
-"""The vocabulary inside a GGUF file: byte-level BPE to our tokenizer and back, special tokens, the chat template.
+"""The vocabulary inside a GGUF file to our tokenizer and back, special tokens, the chat template.
 
+Byte-level BPE is here, SentencePiece in `sentencepiece.py`.
 A file names its way of splitting text before merging (`tokenizer.ggml.pre`) and leaves the expressions to the program
 that reads it. Here they stand once, in the form that the models' own tokenizers have them.
 """
@@ -15,6 +16,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
 from moiety.errors import FormatError, UsageError
+from moiety.model.gguf import sentencepiece
 from moiety.model.gguf.header import GGUFFile
 from moiety.model.tokenizer import Tokenizer, put_before
 
@@ -75,23 +77,19 @@ def read(file: GGUFFile) -> Tokenizer:
     """The vocabulary of a file as our tokenizer.
 
     Raises:
-        FormatError: missing, damaged, or not byte-level BPE with a known way of splitting.
+        FormatError: missing, damaged, or neither byte-level BPE with a known way of splitting nor SentencePiece's
+            BPE with bytes to fall back on.
     """
     pieces, kinds = _tokens(file)
-    name = file.values.get("tokenizer.ggml.pre")
-    if not isinstance(name, str) or name not in SPLITS:
-        raise file.error("tokenizer.ggml.pre", f"is {name!r}", f"known are {', '.join(SPLITS)}")
     vocabulary = {piece: token for token, piece in enumerate(pieces)}
     if len(vocabulary) < len(pieces):
         twice = next(piece for token, piece in enumerate(pieces) if vocabulary[piece] != token)
         raise file.error("tokenizer.ggml.tokens", f"has {twice!r} twice")
-    inner = tokenizers.Tokenizer(
-        models.BPE(vocab=vocabulary, merges=_merges(file, vocabulary), ignore_merges=name in WHOLE_WORDS)
-    )
-    inner.pre_tokenizer = _splitter(SPLITS[name])
-    inner.decoder = decoders.ByteLevel()
-    if name in COMPOSED:
-        inner.normalizer = normalizers.NFC()
+    if file.values["tokenizer.ggml.model"] == sentencepiece.SENTENCEPIECE:
+        inner, begins = sentencepiece.build(file, vocabulary, kinds), True
+    else:
+        inner = _byte_level(file, vocabulary)
+        begins = file.values["tokenizer.ggml.pre"] in WHOLE_WORDS
     added = [piece for piece, kind in zip(pieces, kinds, strict=True) if kind in (UNKNOWN, CONTROL, UNUSED)]
     inner.add_special_tokens([AddedToken(piece, normalized=False, special=True) for piece in added])
     own = [piece for piece, kind in zip(pieces, kinds, strict=True) if kind == USER_DEFINED]
@@ -99,13 +97,29 @@ def read(file: GGUFFile) -> Tokenizer:
     named = special_tokens(file)
     if "eos_token" not in named:
         raise file.error("tokenizer.ggml.eos_token_id", "is missing", "an end token is needed")
-    begins = file.values.get("tokenizer.ggml.add_bos_token", name in WHOLE_WORDS)  # as llama.cpp takes it
+    begins = file.values.get(
+        "tokenizer.ggml.add_bos_token", begins
+    )  # what llama.cpp takes where none is said
     if begins and "bos_token" in named:
         put_before(inner, named["bos_token"])
     try:
         return Tokenizer(inner, end_token=named["eos_token"], special_tokens=named)
     except FormatError as error:
         raise file.error("tokenizer.ggml.tokens:", error.message, error.hint) from error
+
+
+def _byte_level(file: GGUFFile, vocabulary: dict[str, int]) -> tokenizers.Tokenizer:
+    name = file.values.get("tokenizer.ggml.pre")
+    if not isinstance(name, str) or name not in SPLITS:
+        raise file.error("tokenizer.ggml.pre", f"is {name!r}", f"known are {', '.join(SPLITS)}")
+    inner = tokenizers.Tokenizer(
+        models.BPE(vocab=vocabulary, merges=_merges(file, vocabulary), ignore_merges=name in WHOLE_WORDS)
+    )
+    inner.pre_tokenizer = _splitter(SPLITS[name])
+    inner.decoder = decoders.ByteLevel()
+    if name in COMPOSED:
+        inner.normalizer = normalizers.NFC()
+    return inner
 
 
 def chat_template(file: GGUFFile) -> str | None:
@@ -163,10 +177,16 @@ def metadata(tokenizer: Tokenizer | None, vocab_size: int, ends: Sequence[int] =
         pieces[token], kinds[token] = piece, NORMAL
     for token, one in added.items():
         pieces[token], kinds[token] = one["content"], CONTROL if one["special"] else USER_DEFINED
+    special = _special_metadata(tokenizer, {piece: token for token, piece in enumerate(pieces)}, ends)
+    if model.get("byte_fallback"):
+        unknown = special.get("tokenizer.ggml.unknown_token_id")
+        if unknown is not None:
+            kinds[unknown] = UNKNOWN
+        return {**sentencepiece.metadata(said, pieces, kinds, tokenizer.adds_space), **special}
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
     return {
         "tokenizer.ggml.model": GPT2,
-        **_special_metadata(tokenizer, {piece: token for token, piece in enumerate(pieces)}, ends),
+        **special,
         "tokenizer.ggml.pre": _name_of_split(said),
         "tokenizer.ggml.tokens": pieces,
         "tokenizer.ggml.token_type": kinds,
@@ -208,11 +228,11 @@ def _special_metadata(
 
 def _tokens(file: GGUFFile) -> tuple[list[str], list[int]]:
     model = file.values.get("tokenizer.ggml.model")
-    if not isinstance(model, str) or model != GPT2:
+    if not isinstance(model, str) or model not in (GPT2, sentencepiece.SENTENCEPIECE):
         raise file.error(
             "tokenizer.ggml.model",
-            f"is {model!r}; allowed is {GPT2!r}, byte-level BPE",
-            "SentencePiece vocabularies are not supported; the model itself loads without",
+            f"is {model!r}; allowed is {GPT2!r}, byte-level BPE, and {sentencepiece.SENTENCEPIECE!r}, SentencePiece's",
+            "other vocabularies are not supported; the model itself loads without",
         )
     pieces = file.values.get("tokenizer.ggml.tokens")
     if not isinstance(pieces, list) or not 1 <= len(pieces) <= VOCABULARY_MAX:
@@ -225,10 +245,11 @@ def _tokens(file: GGUFFile) -> tuple[list[str], list[int]]:
             "tokenizer.ggml.token_type", f"does not have a number for each of {len(pieces)} tokens"
         )
     listed: list[int] = kinds.tolist()
-    wrong = next((token for token, kind in enumerate(listed) if not NORMAL <= kind <= UNUSED), None)
+    most = UNUSED if model == GPT2 else sentencepiece.BYTE
+    wrong = next((token for token, kind in enumerate(listed) if not NORMAL <= kind <= most), None)
     if wrong is not None:
         raise file.error(
-            "tokenizer.ggml.token_type", f"is {listed[wrong]} for token {wrong}; allowed is 1 to 5"
+            "tokenizer.ggml.token_type", f"is {listed[wrong]} for token {wrong}; allowed is 1 to {most}"
         )
     return pieces, listed
 
