@@ -29,6 +29,7 @@ __all__ = [
     "to_dict",
 ]
 
+UNEVEN_MAX = 1000  # layers: each is checked when a config is read, whoever wrote it
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 
 
@@ -342,6 +343,11 @@ class MoEConfig:
 
     def _check_layers(self) -> None:
         layers = [one[0] for one in self.per_layer]
+        require(
+            len(layers) <= UNEVEN_MAX,
+            f"per_layer names {len(layers)} layers; allowed are {UNEVEN_MAX}",
+            "give experts and experts_per_token the numbers that most layers have",
+        )
         require(len(set(layers)) == len(layers), f"per_layer names a layer twice: {layers}")
         for layer in layers:
             try:

@@ -61,6 +61,7 @@ def sizes_of(made: Transformer) -> dict[int, tuple[int, int]]:
         ({"per_layer": ((0, 0, 1),)}, "layer 0 of per_layer: experts is 0"),
         ({"per_layer": ((0, 3, 1), (0, 4, 1))}, "names a layer twice"),
         ({"per_layer": ((0, 3),)}, "per_layer is"),
+        ({"per_layer": tuple((layer, 3, 1) for layer in range(1001))}, "names 1001 layers"),
         ({"per_layer": ((0, 3, 1.0),)}, "per_layer is"),
         ({"per_layer": ((0, 3, 1),), "experts": 4, "groups": 2}, "layer 0 of per_layer: groups is 2"),
         ({"per_layer": ((0, 3, 2),), "router": "switch", "experts_per_token": 1}, "chooses one expert"),
