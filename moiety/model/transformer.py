@@ -350,9 +350,15 @@ def _capacity(moe: MoEConfig) -> Capacity | None:
 
 def _feed_forward(config: ModelConfig, layer: int, backend: str) -> MoE | FeedForward:
     """The dense or Mixture-of-Experts feed-forward of one block."""
-    moe = config.moe
-    if moe is None or not config.is_moe(layer):
-        return FeedForward(config.d_model, config.d_ff, activation=config.activation, gated=config.gated)
+    if config.moe is None or not config.is_moe(layer):
+        return FeedForward(
+            config.d_model,
+            config.d_ff,
+            activation=config.activation,
+            gated=config.gated,
+            bias=config.feed_forward_bias,
+        )
+    moe = config.moe.at(layer)
     return MoE(
         d_model=config.d_model,
         d_ff=moe.d_ff,
@@ -365,6 +371,7 @@ def _feed_forward(config: ModelConfig, layer: int, backend: str) -> MoE | FeedFo
         router_bias=moe.router_bias,
         shared_d_ff=moe.shared_d_ff,
         shared_gate=moe.shared_gate,
+        shared_bias=moe.shared_bias,
         null_experts=moe.null_experts,
         null_kind=moe.null_kind,
         capacity=_capacity(moe),

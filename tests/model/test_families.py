@@ -146,7 +146,6 @@ def test_bad_values_are_refused(config: ModelConfig) -> None:
     for change in (
         {"compression_config": {}},
         {"clip_qkv": "8"},
-        {"mlp_bias": True},
         {"use_sliding_window": 1},
         {"num_hidden_layers": 10**9},
     ):

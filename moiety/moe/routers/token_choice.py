@@ -51,6 +51,7 @@ class TopK:
         groups_kept: Let a token choose from this many groups.
         group_best: Judge a group by the sum of this many best experts; 1 in DeepSeek-V2.
         bias: Keep a selection bias as `SigmoidTopK` does; ERNIE-4.5 has one.
+        cap: Logits become cap * tanh(logit / cap) before the softmax (Grok-2); 0 is off.
     """
 
     k: int
@@ -60,16 +61,21 @@ class TopK:
     groups_kept: int = 1
     group_best: int = 1
     bias: bool = False
+    cap: float = 0.0
 
     @property
     def needs(self) -> Needs:
         return Needs(bias=self.bias)
 
     def check(self, experts: int) -> None:
+        if not 0 <= self.cap < math.inf:
+            raise ConfigError(f"cap is {self.cap}; it must be 0 (off) or a positive number")
         check_k(self.k, experts)
         check_groups(self.k, experts, self.groups, self.groups_kept, self.group_best)
 
     def score(self, logits_TE: Tensor, context: RouterContext) -> Tensor:
+        if self.cap:
+            logits_TE = self.cap * (logits_TE / self.cap).tanh()
         return logits_TE.softmax(dim=-1)
 
     def choose(self, score_TE: Tensor, context: RouterContext) -> Routing:
