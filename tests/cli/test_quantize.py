@@ -94,7 +94,15 @@ def test_source_is_not_target(call: Call, trained: Path) -> None:
 
 def test_quality_of_two_models(call: Call, trained: Path, texts: list[str], tmp_path: Path) -> None:
     assert call("quantize", trained, tmp_path / "out", "--format", "int8-g32").code == 0
-    words = ("quality", trained, *texts, "--formats", "int8-g32,experts=int4-g32", "--against", tmp_path / "out")
+    words = (
+        "quality",
+        trained,
+        *texts,
+        "--formats",
+        "int8-g32,experts=int4-g32",
+        "--against",
+        tmp_path / "out",
+    )
     said = call(*words, "--sequences", 8, "--json")
     assert said.code == 0
     rows = {(Path(row["model"]).name, row["format"]): row for row in said.json}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -93,6 +95,15 @@ def test_tiles_are_mapped_and_changes_stay_in_memory(tmp_path: Path) -> None:
     tokens = tiny.tokens(model, 1, 5)
     again.blocks[0].attention.qkv.load_state_dict(model.blocks[0].attention.qkv.state_dict())
     assert torch.equal(again(tokens).logits, model(tokens).logits)
+
+
+def test_loading_imports_no_compiler(good: Path) -> None:
+    """torch fills an embedding on the meta device through its compiler, whose import takes seconds."""
+    code = "import sys, moiety; moiety.load(sys.argv[1]); print('torch._dynamo' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code, good], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0 and done.stdout.strip() == "False", done.stdout + done.stderr
 
 
 def test_beside_the_weights(tmp_path: Path) -> None:
