@@ -176,7 +176,11 @@ class Transformer(nn.Module):
         super().__init__()
         _check_config(config)
         self.config, self.checkpointing = config, checkpointing
-        self.embed = nn.Embedding(config.vocab_size, config.d_model)
+        if initialize:
+            self.embed = nn.Embedding(config.vocab_size, config.d_model)
+        else:  # its own way to fill itself, on the meta device, imports a compiler: seconds
+            empty_VD = torch.empty(config.vocab_size, config.d_model)
+            self.embed = nn.Embedding.from_pretrained(empty_VD, freeze=False)
         self.blocks = nn.ModuleList(Block(config, layer, backend) for layer in range(config.layers))
         self.norm = norm_of(config)
         self.head: nn.Linear | PackedLinear | HeadBias | None
