@@ -176,7 +176,7 @@ typedef struct {
     float most[MOST_ROWS], total[MOST_ROWS];   /* largest score so far; sum of the weights, which are relative to it */
     float score[ROWS_AT_ONCE][SEGMENT];
     float sums[TASK_FLOATS]; /* (rows, value_width) weighted values */
-    const char *keys[BLOCKS], *values[BLOCKS];
+    const char *keys[2][BLOCKS], *values[2][BLOCKS]; /* of this segment and the next, which is fetched ahead */
 } LEVEL(rows);
 
 /* Scores of `count` queries with the keys of `blocks` blocks. */
@@ -189,7 +189,9 @@ INLINE void LEVEL(score_blocks)(LEVEL(rows) *r, int64_t row, int count, int firs
         for (int b = 0; b < blocks; b++) total[i][b] = (vf){};
     for (int64_t n = 0; n < d; n++) {
         vf key[BLOCKS];
-        for (int b = 0; b < blocks; b++) key[b] = LEVEL(stored)(bfloat16, r->keys[first + b] + n * stride);
+        for (int b = 0; b < blocks; b++) key[b] = LEVEL(stored)(bfloat16, r->keys[0][first + b] + n * stride);
+        if (row == 0)
+            for (int b = 0; b < blocks; b++) __builtin_prefetch(r->keys[1][first + b] + n * stride, 0, 2);
         for (int i = 0; i < count; i++)
             for (int b = 0; b < blocks; b++) total[i][b] += key[b] * q[i * width + n];
     }
@@ -244,7 +246,11 @@ INLINE void LEVEL(add_values)(LEVEL(rows) *r, int64_t row, int count, int64_t at
     for (int i = 0; i < count; i++)
         for (int c = 0; c < chunks; c++) total[i][c] = LEVEL(load)(r->sums + (row + i) * width + at + BLOCK * c);
     for (int n = from; n < until; n++) {
-        const char *value = r->values[n / BLOCK] + ((n % BLOCK) * width + at) * size;
+        const int64_t place = ((n % BLOCK) * width + at) * size;
+        const char *value = r->values[0][n / BLOCK] + place;
+        if (row == 0)
+            for (int64_t ahead = 0; ahead < chunks * BLOCK * size; ahead += 64)
+                __builtin_prefetch(r->values[1][n / BLOCK] + place + ahead, 0, 2);
         vf v[SUMS];
         for (int c = 0; c < chunks; c++) v[c] = LEVEL(stored)(bfloat16, value + BLOCK * c * size);
         for (int i = 0; i < count; i++)
@@ -321,11 +327,11 @@ static void LEVEL(attend_task)(void *job, int64_t number) {
         end = r.until[i] > end ? r.until[i] : end;
     }
     for (int64_t segment = begin / SEGMENT * SEGMENT; segment < end; segment += SEGMENT) {
-        for (int b = 0; b < BLOCKS; b++) {
+        for (int b = 0; b < 2 * BLOCKS; b++) {
             const int64_t at = segment + BLOCK * b, known = at < end ? at : (end - 1) / BLOCK * BLOCK;
             const int64_t page = page_of(s, a, sequence, known) * a->kv_heads + kv_head, place = known % a->page_tokens;
-            r.keys[b] = a->keys + (page * d * a->page_tokens + place) * size;
-            r.values[b] = a->values + (page * a->page_tokens + place) * a->value_width * size;
+            r.keys[b / BLOCKS][b % BLOCKS] = a->keys + (page * d * a->page_tokens + place) * size;
+            r.values[b / BLOCKS][b % BLOCKS] = a->values + (page * a->page_tokens + place) * a->value_width * size;
         }
         if (a->bfloat16) LEVEL(segment_all)(&r, count, segment, 1);
         else LEVEL(segment_all)(&r, count, segment, 0);
