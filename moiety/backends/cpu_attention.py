@@ -15,7 +15,17 @@ from torch import Tensor
 
 from moiety.backends import Choice, cpu
 
-__all__ = ["BLOCK", "MOST_HEAD_DIM", "NORMS", "PagedLayer", "RaggedStep", "attention", "choose", "rms_norm"]
+__all__ = [
+    "BLOCK",
+    "MOST_HEAD_DIM",
+    "NORMS",
+    "PagedLayer",
+    "RaggedStep",
+    "attention",
+    "choose",
+    "norms",
+    "rms_norm",
+]
 
 NORMS = ("none", "head", "full", "head_rotated", "l2_rotated")  # in the order of `enum norm`
 BLOCK = 16
@@ -207,20 +217,31 @@ class RaggedStep:
         self.address = ctypes.addressof(self._as_c)
 
 
-def attention(layer: PagedLayer, step: RaggedStep, qkv_TW: Tensor) -> Tensor:
-    """Write the new keys and values into their pages, and answer every new query: (T, heads * head_dim).
+def attention(layer: PagedLayer, step: RaggedStep, qkv_1TW: Tensor) -> Tensor:
+    """Write the new keys and values into their pages, and answer every new query: (1, T, heads * head_dim).
 
     Args:
         layer: Options and memory.
         step: Whose tokens they are.
-        qkv_TW: What the projection of queries, keys and values gave, float32 (T, (heads + 2 kv_heads) * head_dim).
+        qkv_1TW: What the projection of queries, keys and values gave, float32 (1, T, (heads + 2 kv_heads) * head_dim).
     """
-    assert qkv_TW.shape == (step.tokens, layer.width) and qkv_TW.dtype == torch.float32, qkv_TW.shape
-    rows_TW = qkv_TW.contiguous()
-    y_TW = torch.empty(step.tokens, layer.out_width)
+    assert qkv_1TW.shape == (1, step.tokens, layer.width) and qkv_1TW.dtype == torch.float32, qkv_1TW.shape
+    rows_1TW = qkv_1TW.contiguous()
+    y_1TW = torch.empty(1, step.tokens, layer.out_width)
     address = cpu.crew()
-    _library().moiety_attention(layer.address, step.address, rows_TW.data_ptr(), y_TW.data_ptr(), address)
-    return y_TW
+    _library().moiety_attention(layer.address, step.address, rows_1TW.data_ptr(), y_1TW.data_ptr(), address)
+    return y_1TW
+
+
+def norms(x: Tensor, weight_D: Tensor) -> bool:
+    """True where `rms_norm` can take these and no gradient is wanted."""
+    return (
+        x.dtype == weight_D.dtype == torch.float32
+        and not torch.is_grad_enabled()
+        and x.device.type == "cpu"
+        and x.is_contiguous()
+        and bool(cpu.level())
+    )
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float, *, add_TD: Tensor | None = None) -> Tensor:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from moiety.backends import cpu, cpu_attention
+from moiety.backends import cpu_attention
 from moiety.config import ModelConfig
 
 __all__ = ["LayerNorm", "Norm", "RMSNorm", "norm_of", "unit_length"]
@@ -40,12 +40,6 @@ class _RMSNorm(torch.autograd.Function):
         return grad_x.view(x.shape).to(x.dtype), grad_weight.to(weight_D.dtype), None
 
 
-def _has_kernel(x: Tensor, weight_D: Tensor) -> bool:
-    """True where the compiled kernel can norm x: one pass instead of torch's several."""
-    on_cpu = x.device.type == "cpu" and x.dtype == weight_D.dtype == torch.float32
-    return on_cpu and x.is_contiguous() and bool(cpu.level())
-
-
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight, over the last axis.
 
@@ -61,10 +55,11 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Same shape and dtype as x."""
-        weight = self.weight
-        if not torch.is_grad_enabled() and _has_kernel(x, weight):
-            return cpu_attention.rms_norm(x, weight, self.eps)
-        y: Tensor = _RMSNorm.apply(x, weight.to(x.dtype), self.eps)
+        if cpu_attention.norms(
+            x, self.weight
+        ):  # one pass: at one token torch's own costs as much as a matrix
+            return cpu_attention.rms_norm(x, self.weight, self.eps)
+        y: Tensor = _RMSNorm.apply(x, self.weight.to(x.dtype), self.eps)
         return y
 
 
