@@ -1,4 +1,4 @@
-"""The packed kernels alone, against what the machine can do at most: memory read once, and multiplications in registers.
+"""The packed kernels alone, against what the machine can do: memory read once, and multiplications in registers.
 
 One row per expert is reading weights; many rows per expert is multiplying. Both limits are measured in turn with the
 kernels, on the same weights. Layers are taken in turn so that no weight is left in a cache.

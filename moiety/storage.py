@@ -129,11 +129,7 @@ def new_folder(path: str | Path, *, needed_bytes: int | None = None) -> Iterator
 
 
 def verify(path: str | Path, *, sizes_only: Collection[str] = ()) -> dict[str, FileRecord]:
-    """Check every file of a folder against its manifest.
-
-    Args:
-        path: The folder.
-        sizes_only: Files that are not read: large ones that are about to be mapped.
+    """Check every file of a folder against its manifest; those in `sizes_only` are not read.
 
     Returns:
         The manifest: relative name to size and sha256.

@@ -33,6 +33,12 @@ ZOO, IN_LAYERS, WRAPPERS = (
     "tests/moe/test_router_layers.py",
     "tests/moe/test_wrappers.py",
 )
+TILES, QUANTIZE, QUANTIZED = (
+    "tests/formats/test_tiles.py",
+    "tests/quant/test_quantize.py",
+    "tests/model/test_quantized.py",
+)
+CALIBRATE, PACKED = "tests/quant/test_calibrate.py", "tests/moe/test_packed.py"
 
 
 class Mutation(NamedTuple):
@@ -251,6 +257,48 @@ MUTATIONS = (
         "        return soft_N + (hard_N - soft_N).detach()",
         "        return hard_N",
         WRAPPERS,
+    ),
+    Mutation(
+        "low and high nibbles exchanged in packing",
+        "formats/tiles.py",
+        "        tile = low | high << 4\n",
+        "        tile = high | low << 4\n",
+        TILES,
+    ),
+    Mutation(
+        "gate and up rows on top of each other",
+        "quant/quantize.py",
+        "            at = start // ROWS * halves\n",
+        "            at = start // ROWS\n",
+        QUANTIZE,
+    ),
+    Mutation(
+        "an expert's pairs go to its neighbour's weights",
+        "moe/packed.py",
+        "        counts_E=routing.counts_E[number_G],",
+        "        counts_E=routing.counts_E[number_G].flip(0),",
+        PACKED,
+    ),
+    Mutation(
+        "packed weights pass no gradient on in silence",
+        "moe/packed.py",
+        "    if torch.is_grad_enabled() and any(",
+        "    if False and any(",
+        PACKED,
+    ),
+    Mutation(
+        "bits to the experts that need them least",
+        "quant/calibrate.py",
+        "in sorted(order, reverse=True):",
+        "in sorted(order):",
+        CALIBRATE,
+    ),
+    Mutation(
+        "any expert numbers are believed",
+        "model/quantized.py",
+        "    if not whole or any(part != sorted(part) for part in said):",
+        "    if not lists:",
+        QUANTIZED,
     ),
 )
 

@@ -15,7 +15,17 @@ from torch import Tensor
 
 from moiety.backends import Choice, cpu
 
-__all__ = ["BLOCK", "MOST_HEAD_DIM", "NORMS", "PagedLayer", "RaggedStep", "attention", "choose", "rms_norm"]
+__all__ = [
+    "BLOCK",
+    "MOST_HEAD_DIM",
+    "NORMS",
+    "PagedLayer",
+    "RaggedStep",
+    "attention",
+    "choose",
+    "norms",
+    "rms_norm",
+]
 
 NORMS = ("none", "head", "full", "head_rotated", "l2_rotated")  # in the order of `enum norm`
 BLOCK = 16
@@ -42,7 +52,7 @@ class _CStep(ctypes.Structure):
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    library = cpu._library()
+    library = cpu.library()
     assert library is not None, "choose() says when there are no kernels"
     pointer, wide = ctypes.c_void_p, ctypes.c_int64
     library.moiety_attention.argtypes = [pointer] * 5
@@ -58,11 +68,6 @@ def _library() -> ctypes.CDLL:
     ]
     library.moiety_attention.restype = library.moiety_rms_norm.restype = None
     return library
-
-
-@functools.cache
-def _crew(threads: int, level: str) -> int:
-    return ctypes.addressof(cpu._crew(threads, level))  # which keeps it for good
 
 
 @functools.cache
@@ -212,20 +217,31 @@ class RaggedStep:
         self.address = ctypes.addressof(self._as_c)
 
 
-def attention(layer: PagedLayer, step: RaggedStep, qkv_TW: Tensor) -> Tensor:
-    """Write the new keys and values into their pages, and answer every new query: (T, heads * head_dim).
+def attention(layer: PagedLayer, step: RaggedStep, qkv_1TW: Tensor) -> Tensor:
+    """Write the new keys and values into their pages, and answer every new query: (1, T, heads * head_dim).
 
     Args:
         layer: Options and memory.
         step: Whose tokens they are.
-        qkv_TW: What the projection of queries, keys and values gave, float32 (T, (heads + 2 kv_heads) * head_dim).
+        qkv_1TW: What the projection of queries, keys and values gave, float32 (1, T, (heads + 2 kv_heads) * head_dim).
     """
-    assert qkv_TW.shape == (step.tokens, layer.width) and qkv_TW.dtype == torch.float32, qkv_TW.shape
-    rows_TW = qkv_TW.contiguous()
-    y_TW = torch.empty(step.tokens, layer.out_width)
-    address = _crew(torch.get_num_threads(), cpu.level())
-    _library().moiety_attention(layer.address, step.address, rows_TW.data_ptr(), y_TW.data_ptr(), address)
-    return y_TW
+    assert qkv_1TW.shape == (1, step.tokens, layer.width) and qkv_1TW.dtype == torch.float32, qkv_1TW.shape
+    rows_1TW = qkv_1TW.contiguous()
+    y_1TW = torch.empty(1, step.tokens, layer.out_width)
+    address = cpu.crew()
+    _library().moiety_attention(layer.address, step.address, rows_1TW.data_ptr(), y_1TW.data_ptr(), address)
+    return y_1TW
+
+
+def norms(x: Tensor, weight_D: Tensor) -> bool:
+    """True where `rms_norm` can take these and no gradient is wanted."""
+    return (
+        x.dtype == weight_D.dtype == torch.float32
+        and not torch.is_grad_enabled()
+        and x.device.type == "cpu"
+        and x.is_contiguous()
+        and bool(cpu.level())
+    )
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float, *, add_TD: Tensor | None = None) -> Tensor:
@@ -240,7 +256,7 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float, *, add_TD: Tensor | Non
     y_TD, width = torch.empty_like(x_TD), x_TD.shape[-1]
     for one in (x_TD, weight_D, *(() if add_TD is None else (add_TD,))):
         assert one.dtype == torch.float32 and one.is_contiguous(), (one.dtype, one.shape)
-    rows, crew = x_TD.numel() // width, _crew(torch.get_num_threads(), cpu.level())
+    rows, crew = x_TD.numel() // width, cpu.crew()
     added, weight = _address(add_TD), weight_D.data_ptr()
     _library().moiety_rms_norm(x_TD.data_ptr(), added, weight, eps, y_TD.data_ptr(), rows, width, crew)
     return y_TD

@@ -43,8 +43,7 @@ def read_all(parts: Sequence[Tensor]) -> None:
     ]
     addresses = (ctypes.c_void_p * len(pieces))(*(at for at, _ in pieces))
     lengths = (ctypes.c_int64 * len(pieces))(*(length for _, length in pieces))
-    crew = cpu.crew()
-    library.moiety_read(addresses, lengths, ctypes.c_int64(len(pieces)), ctypes.byref(crew))
+    library.moiety_read(addresses, lengths, ctypes.c_int64(len(pieces)), ctypes.c_void_p(cpu.crew()))
 
 
 def multiply_rate(*, integers: bool, seconds: float = 0.05) -> float:
@@ -57,7 +56,7 @@ def multiply_rate(*, integers: bool, seconds: float = 0.05) -> float:
     Raises:
         DependencyError: the kernels were not compiled.
     """
-    library, crew, rounds = _ready(), cpu.crew(), 1 << 12
+    library, crew, rounds = _ready(), ctypes.c_void_p(cpu.crew()), 1 << 12
     while True:
         begun = time.perf_counter()
         operations = library.moiety_multiply(

@@ -14,7 +14,7 @@ from moiety.cli.output import command, print_json, print_table, talk
 if TYPE_CHECKING:
     from moiety.model.transformer import Transformer
     from moiety.train.data import Batch
-    from moiety.train.quality import Interval, Quality
+    from moiety.train.quality import Quality
 
 __all__ = ["app"]
 
@@ -68,6 +68,11 @@ def quality(
     if json:
         print_json(rows)
         return 0
+    _print(rows)
+    return 0
+
+
+def _print(rows: list[dict[str, Any]]) -> None:
     cells = [
         [
             f"{row['model']}, {row['format']}",
@@ -89,7 +94,6 @@ def quality(
         "same token, %",
     ]
     print_table("against the model as it is; in brackets 95 % intervals", columns, cells)
-    return 0
 
 
 def _rows(place: str, model: Transformer, formats: list[str], batches: list[Batch]) -> list[dict[str, Any]]:
@@ -104,13 +108,9 @@ def _rows(place: str, model: Transformer, formats: list[str], batches: list[Batc
     found: dict[str, Quality] = compare(model, models, batches)
     return [
         {"model": place, "format": name, "bytes": sizes[name]}
-        | {figure: _interval(getattr(one, figure)) for figure in FIGURES}
+        | {figure: getattr(one, figure)._asdict() for figure in FIGURES}
         for name, one in found.items()
     ]
-
-
-def _interval(one: Interval) -> dict[str, float]:
-    return one._asdict()
 
 
 def _ranged(one: dict[str, float], digits: int) -> str:

@@ -215,7 +215,7 @@ class Attention(nn.Module):
                 chunked=context.windows[1],
                 factored=factor_T is not None,
             )
-        return cpu_attention.attention(known, ragged, qkv[0])[None]
+        return cpu_attention.attention(known, ragged, qkv)
 
     def _mixed(self, context: ForwardContext, qkv: Tensor) -> Tensor:
         """What the heads answer, (B, S, H * head_dim)."""

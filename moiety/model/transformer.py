@@ -176,7 +176,11 @@ class Transformer(nn.Module):
         super().__init__()
         _check_config(config)
         self.config, self.checkpointing = config, checkpointing
-        self.embed = nn.Embedding(config.vocab_size, config.d_model)
+        if initialize:
+            self.embed = nn.Embedding(config.vocab_size, config.d_model)
+        else:  # its own way to fill itself, on the meta device, imports a compiler: seconds
+            empty_VD = torch.empty(config.vocab_size, config.d_model)
+            self.embed = nn.Embedding.from_pretrained(empty_VD, freeze=False)
         self.blocks = nn.ModuleList(Block(config, layer, backend) for layer in range(config.layers))
         self.norm = norm_of(config)
         self.head: nn.Linear | PackedLinear | HeadBias | None
@@ -350,9 +354,15 @@ def _capacity(moe: MoEConfig) -> Capacity | None:
 
 def _feed_forward(config: ModelConfig, layer: int, backend: str) -> MoE | FeedForward:
     """The dense or Mixture-of-Experts feed-forward of one block."""
-    moe = config.moe
-    if moe is None or not config.is_moe(layer):
-        return FeedForward(config.d_model, config.d_ff, activation=config.activation, gated=config.gated)
+    if config.moe is None or not config.is_moe(layer):
+        return FeedForward(
+            config.d_model,
+            config.d_ff,
+            activation=config.activation,
+            gated=config.gated,
+            bias=config.feed_forward_bias,
+        )
+    moe = config.moe.at(layer)
     return MoE(
         d_model=config.d_model,
         d_ff=moe.d_ff,
@@ -365,6 +375,7 @@ def _feed_forward(config: ModelConfig, layer: int, backend: str) -> MoE | FeedFo
         router_bias=moe.router_bias,
         shared_d_ff=moe.shared_d_ff,
         shared_gate=moe.shared_gate,
+        shared_bias=moe.shared_bias,
         null_experts=moe.null_experts,
         null_kind=moe.null_kind,
         capacity=_capacity(moe),

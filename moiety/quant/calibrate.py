@@ -151,6 +151,11 @@ def calibrate(
     groups = slots(model)
     modules = [(path, module) for path, module in model.named_modules() if isinstance(module, Experts)]
     experts = {path: (module, list(groups[path])) for path, module in modules}
+    nothing = UsageError(
+        "there is nothing to calibrate", hint="give an MoE that is not packed, and some text for it"
+    )
+    if not experts:
+        raise nothing
     sums = {path: torch.zeros(4, module.count, dtype=torch.float64) for path, (module, _) in experts.items()}
     size = dict.fromkeys(experts, 0.0)
     with _outputs(model) as seen:
@@ -163,10 +168,8 @@ def calibrate(
                 sums[path] += _changes(module, group, (low, high), x_TD, routing, y_TD)
                 size[path] += float(y_TD.detach().square().sum())
             seen.clear()
-    if not experts or not all(size.values()):
-        raise UsageError(
-            "there is nothing to calibrate", hint="give an MoE that is not packed, and some text for it"
-        )
+    if not all(size.values()):
+        raise nothing
     return Calibration(
         low=format_named(low).name,
         high=format_named(high).name,

@@ -48,19 +48,27 @@ INLINE vf LEVEL(capped)(vf x, float cap) {
 }
 
 INLINE float LEVEL(sum)(vf x) {
-    float lane[BLOCK];
-    memcpy(lane, &x, sizeof lane);
-    for (int step = BLOCK / 2; step; step /= 2)
-        for (int i = 0; i < step; i++) lane[i] += lane[i + step];
-    return lane[0];
+    vf8 half[2];
+    vf4 quarter[2];
+    memcpy(half, &x, sizeof half);
+    half[0] += half[1];
+    memcpy(quarter, half, sizeof quarter);
+    quarter[0] += quarter[1];
+    return (quarter[0][0] + quarter[0][2]) + (quarter[0][1] + quarter[0][3]);
 }
 
 INLINE float LEVEL(largest)(vf x) {
-    float lane[BLOCK];
-    memcpy(lane, &x, sizeof lane);
-    for (int step = BLOCK / 2; step; step /= 2)
-        for (int i = 0; i < step; i++) lane[i] = lane[i] > lane[i + step] ? lane[i] : lane[i + step];
-    return lane[0];
+    vf8 half[2];
+    vf4 quarter[2];
+    memcpy(half, &x, sizeof half);
+    const vi8 left = half[0] > half[1];
+    half[0] = (vf8)(((vi8)half[0] & left) | ((vi8)half[1] & ~left));
+    memcpy(quarter, half, sizeof quarter);
+    const vi4 first = quarter[0] > quarter[1];
+    quarter[0] = (vf4)(((vi4)quarter[0] & first) | ((vi4)quarter[1] & ~first));
+    const float a = quarter[0][0] > quarter[0][2] ? quarter[0][0] : quarter[0][2];
+    const float b = quarter[0][1] > quarter[0][3] ? quarter[0][1] : quarter[0][3];
+    return a > b ? a : b;
 }
 
 /* 1 / sqrt(mean(x^2) + eps) */
@@ -163,25 +171,29 @@ static void LEVEL(prepare_token)(void *job, int64_t number) {
 /* What the rows of a task have in common, and the running softmax of each. */
 typedef struct {
     const attention_layer *layer;
-    const float *q[MOST_ROWS];
+    float q[TASK_FLOATS]; /* (rows, value_width): side by side, for rows of the model's width would share cache lines' places */
     int64_t from[MOST_ROWS], until[MOST_ROWS]; /* the keys that each sees */
     float most[MOST_ROWS], total[MOST_ROWS];   /* largest score so far; sum of the weights, which are relative to it */
     float score[ROWS_AT_ONCE][SEGMENT];
     float sums[TASK_FLOATS]; /* (rows, value_width) weighted values */
-    const char *keys[BLOCKS], *values[BLOCKS];
+    const char *keys[2][BLOCKS], *values[2][BLOCKS]; /* of this segment and the next, which is fetched ahead */
 } LEVEL(rows);
 
 /* Scores of `count` queries with the keys of `blocks` blocks. */
 INLINE void LEVEL(score_blocks)(LEVEL(rows) *r, int64_t row, int count, int first, int blocks, int bfloat16) {
     vf total[ROWS_AT_ONCE][BLOCKS];
-    const int64_t d = r->layer->head_dim, stride = r->layer->page_tokens * (bfloat16 ? 2 : 4);
+    const int64_t d = r->layer->head_dim, width = r->layer->value_width;
+    const int64_t stride = r->layer->page_tokens * (bfloat16 ? 2 : 4);
+    const float *q = r->q + row * width;
     for (int i = 0; i < count; i++)
         for (int b = 0; b < blocks; b++) total[i][b] = (vf){};
     for (int64_t n = 0; n < d; n++) {
         vf key[BLOCKS];
-        for (int b = 0; b < blocks; b++) key[b] = LEVEL(stored)(bfloat16, r->keys[first + b] + n * stride);
+        for (int b = 0; b < blocks; b++) key[b] = LEVEL(stored)(bfloat16, r->keys[0][first + b] + n * stride);
+        if (row == 0)
+            for (int b = 0; b < blocks; b++) __builtin_prefetch(r->keys[1][first + b] + n * stride, 0, 2);
         for (int i = 0; i < count; i++)
-            for (int b = 0; b < blocks; b++) total[i][b] += key[b] * r->q[row + i][n];
+            for (int b = 0; b < blocks; b++) total[i][b] += key[b] * q[i * width + n];
     }
     for (int i = 0; i < count; i++)
         for (int b = 0; b < blocks; b++) memcpy(r->score[i] + BLOCK * (first + b), &total[i][b], sizeof(vf));
@@ -210,8 +222,8 @@ static __attribute__((noinline)) void LEVEL(weigh)(LEVEL(rows) *r, int64_t row, 
         s[b] = LEVEL(choose)(seen[b], s[b], (vf){} - INFINITY);
         best = LEVEL(choose)(s[b] > best, s[b], best);
     }
-    const float here = LEVEL(largest)(best), most = here > r->most[row] ? here : r->most[row];
-    const float correction = LEVEL(power_of_e)((vf){} + (r->most[row] - most))[0];
+    const float here = LEVEL(largest)(best), before = r->most[row], most = here > before ? here : before;
+    const float correction = here > before ? LEVEL(power_of_e)((vf){} + (before - here))[0] : 1;
     for (int b = 0; b < BLOCKS; b++) {
         const vf weight = LEVEL(choose)(seen[b], LEVEL(power_of_e)(s[b] - most), (vf){});
         total += weight;
@@ -234,7 +246,11 @@ INLINE void LEVEL(add_values)(LEVEL(rows) *r, int64_t row, int count, int64_t at
     for (int i = 0; i < count; i++)
         for (int c = 0; c < chunks; c++) total[i][c] = LEVEL(load)(r->sums + (row + i) * width + at + BLOCK * c);
     for (int n = from; n < until; n++) {
-        const char *value = r->values[n / BLOCK] + ((n % BLOCK) * width + at) * size;
+        const int64_t place = ((n % BLOCK) * width + at) * size;
+        const char *value = r->values[0][n / BLOCK] + place;
+        if (row == 0)
+            for (int64_t ahead = 0; ahead < chunks * BLOCK * size; ahead += 64)
+                __builtin_prefetch(r->values[1][n / BLOCK] + place + ahead, 0, 2);
         vf v[SUMS];
         for (int c = 0; c < chunks; c++) v[c] = LEVEL(stored)(bfloat16, value + BLOCK * c * size);
         for (int i = 0; i < count; i++)
@@ -302,7 +318,7 @@ static void LEVEL(attend_task)(void *job, int64_t number) {
         const int64_t query = (first + i) / group, head = kv_head * group + (first + i) % group;
         const int64_t position = s->start[sequence] + query;
         answer[i] = j->out + ((s->first_token[sequence] + query) * a->heads + head) * d;
-        r.q[i] = answer[i];
+        memcpy(r.q + i * a->value_width, answer[i], d * sizeof(float));
         r.from[i] = first_seen(a, position);
         r.until[i] = position + 1;
         r.most[i] = a->sinks ? a->sinks[head] : -INFINITY;
@@ -311,11 +327,11 @@ static void LEVEL(attend_task)(void *job, int64_t number) {
         end = r.until[i] > end ? r.until[i] : end;
     }
     for (int64_t segment = begin / SEGMENT * SEGMENT; segment < end; segment += SEGMENT) {
-        for (int b = 0; b < BLOCKS; b++) {
+        for (int b = 0; b < 2 * BLOCKS; b++) {
             const int64_t at = segment + BLOCK * b, known = at < end ? at : (end - 1) / BLOCK * BLOCK;
             const int64_t page = page_of(s, a, sequence, known) * a->kv_heads + kv_head, place = known % a->page_tokens;
-            r.keys[b] = a->keys + (page * d * a->page_tokens + place) * size;
-            r.values[b] = a->values + (page * a->page_tokens + place) * a->value_width * size;
+            r.keys[b / BLOCKS][b % BLOCKS] = a->keys + (page * d * a->page_tokens + place) * size;
+            r.values[b / BLOCKS][b % BLOCKS] = a->values + (page * a->page_tokens + place) * a->value_width * size;
         }
         if (a->bfloat16) LEVEL(segment_all)(&r, count, segment, 1);
         else LEVEL(segment_all)(&r, count, segment, 0);

@@ -59,6 +59,8 @@ typedef struct {
     /* `rounds` times one product of every chain of registers, of integers or floats; the sum, so that none is left out */
     float (*peak)(int32_t integers, int64_t rounds);
     int32_t chains;
+    /* out[i] = x[i] . w for at most 4 rows of float32 numbers */
+    void (*dots)(const float *const *x, int32_t count, const float *w, int64_t columns, float *out);
 } level_table;
 
 extern const level_table portable_table;

@@ -5,6 +5,7 @@
 #include <pthread.h>
 #include <sched.h>
 #include <stdatomic.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "kernels.h"
@@ -90,7 +91,7 @@ void run_phases(const crew *who, void *job, const phase *phases, int64_t count) 
     }
 }
 
-/* Scratch memory, laid out by one cursor; with a NULL base it only counts. */
+/* Scratch memory, laid out by one cursor, first with a NULL base to count and then for use. */
 
 typedef struct {
     char *base;
@@ -249,42 +250,55 @@ static void by_token(const int64_t *token_of, int64_t pairs, int64_t tokens, int
     first_pair[0] = 0;
 }
 
-/* y[i] = W_e x[i] + b_e for rows sorted by expert. Returns the bytes of scratch needed when scratch is NULL, else 0. */
-EXPORT int64_t moiety_grouped_linear(const matrix *w, const float *x, int64_t rows, int64_t x_stride, const int64_t *counts,
-                                     float *y, char *scratch, const crew *who) {
-    cursor at = {scratch, 0};
+/* After counting: the memory itself. 0 where there is none. */
+static int claim(cursor *at) {
+    at->base = aligned_alloc(ALIGN, at->used + ALIGN);
+    at->used = 0;
+    return at->base != NULL;
+}
+
+/* y[i] = W_e x[i] + b_e for rows sorted by expert; NULL counts mean one expert. Returns 0, or 1 without memory. */
+EXPORT int32_t moiety_grouped_linear(const matrix *w, const float *x, int64_t rows, int64_t x_stride, const int64_t *counts,
+                                     float *y, const crew *who) {
     job j = {.table = table_of(who->level), .up = w, .x = x, .tokens = rows, .x_stride = x_stride, .pairs = rows};
-    j.first = (product){.table = j.table, .w = w, .x = take_operand(&at, w, rows), .y = y, .y_width = w->rows, .y_columns = w->rows};
-    int64_t *row_of = take(&at, rows * 8), *first = take(&at, (w->experts + 1) * 8), *busy = take(&at, w->experts * 8);
-    if (!scratch) return at.used;
+    int64_t *row_of, *first, *busy;
+    cursor at = {NULL, 0};
+    for (int pass = 0; pass < 2; pass++) {
+        if (pass && !claim(&at)) return 1;
+        j.first = (product){.table = j.table, .w = w, .x = take_operand(&at, w, rows), .y = y, .y_width = w->rows, .y_columns = w->rows};
+        row_of = take(&at, rows * 8), first = take(&at, (w->experts + 1) * 8), busy = take(&at, w->experts * 8);
+    }
     for (int64_t i = 0; i < rows; i++) row_of[i] = i;
     j.first.row_of = row_of, j.first.first = first, j.first.busy = busy;
-    j.first.busy_count = bounds(counts, w->experts, first, busy);
+    j.first.busy_count = bounds(counts ? counts : &rows, w->experts, first, busy);
     plan_runs(&j.first, who->threads);
     const phase phases[] = {{prepare_task, rows}, {up_task, j.first.busy_count * j.first.runs}};
     run_phases(who, &j, phases, 2);
+    free(at.base);
     return 0;
 }
 
-/* y[token] = sum over its pairs of weight * down_e(activation(up_e x[token])). Returns bytes of scratch when it is NULL. */
-EXPORT int64_t moiety_experts(const matrix *up, const matrix *down, int32_t activation, int32_t gated, float limit,
+/* y[token] = sum over its pairs of weight * down_e(activation(up_e x[token])). Returns 0, or 1 without memory. */
+EXPORT int32_t moiety_experts(const matrix *up, const matrix *down, int32_t activation, int32_t gated, float limit,
                               const float *x, int64_t tokens, int64_t x_stride, const int64_t *token_of,
-                              const float *weight_of, const int64_t *counts, int64_t pairs, float *y, char *scratch,
-                              const crew *who) {
-    cursor at = {scratch, 0};
+                              const float *weight_of, const int64_t *counts, int64_t pairs, float *y, const crew *who) {
     job j = {.table = table_of(who->level), .up = up, .down = down, .x = x, .tokens = tokens, .x_stride = x_stride,
              .pairs = pairs, .token_of = token_of, .weight_of = weight_of, .y = y};
     const int64_t d_ff = down->columns;
-    j.hidden = take(&at, pairs * d_ff * 4);
-    j.answers = take(&at, pairs * down->rows * 4);
-    j.first = (product){.table = j.table, .w = up, .x = take_operand(&at, up, tokens), .row_of = token_of, .y = j.hidden,
-                        .y_width = d_ff, .y_columns = d_ff, .activation = activation, .gated = gated, .limit = limit};
-    j.hidden_operand = take_operand(&at, down, pairs);
-    j.second = (product){.table = j.table, .w = down, .x = j.hidden_operand, .y = j.answers, .y_width = down->rows,
-                         .y_columns = down->rows};
-    int64_t *row_of = take(&at, pairs * 8), *first = take(&at, (up->experts + 1) * 8), *busy = take(&at, up->experts * 8);
-    int64_t *pair_of = take(&at, pairs * 8), *first_pair = take(&at, (tokens + 1) * 8);
-    if (!scratch) return at.used;
+    int64_t *row_of, *first, *busy, *pair_of, *first_pair;
+    cursor at = {NULL, 0};
+    for (int pass = 0; pass < 2; pass++) {
+        if (pass && !claim(&at)) return 1;
+        j.hidden = take(&at, pairs * d_ff * 4);
+        j.answers = take(&at, pairs * down->rows * 4);
+        j.first = (product){.table = j.table, .w = up, .x = take_operand(&at, up, tokens), .row_of = token_of, .y = j.hidden,
+                            .y_width = d_ff, .y_columns = d_ff, .activation = activation, .gated = gated, .limit = limit};
+        j.hidden_operand = take_operand(&at, down, pairs);
+        j.second = (product){.table = j.table, .w = down, .x = j.hidden_operand, .y = j.answers, .y_width = down->rows,
+                             .y_columns = down->rows};
+        row_of = take(&at, pairs * 8), first = take(&at, (up->experts + 1) * 8), busy = take(&at, up->experts * 8);
+        pair_of = take(&at, pairs * 8), first_pair = take(&at, (tokens + 1) * 8);
+    }
     for (int64_t i = 0; i < pairs; i++) row_of[i] = i;
     by_token(token_of, pairs, tokens, pair_of, first_pair);
     j.pair_of = pair_of, j.first_pair = first_pair, j.second.row_of = row_of;
@@ -298,5 +312,6 @@ EXPORT int64_t moiety_experts(const matrix *up, const matrix *down, int32_t acti
                             {down_task, j.second.busy_count * j.second.runs},
                             {sum_task, tokens}};
     run_phases(who, &j, phases, 5);
+    free(at.base);
     return 0;
 }

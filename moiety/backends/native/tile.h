@@ -52,6 +52,14 @@ INLINE vf LEVEL(floats)(int kind, int group, const uint8_t *tile, int k) {
     return lookup_floats(quantile, code);
 }
 
+/* Ask for the tiles that come PREFETCH_BYTES later; past the end of a row block they are those of the one after the next. */
+INLINE void LEVEL(fetch)(const uint8_t *tile, int past, int blocks, int64_t next, int64_t bytes) {
+    for (int b = 0; b < blocks; b++) {
+        const uint8_t *later = tile + b * next + PREFETCH_BYTES + (past ? (blocks - 1) * next : 0);
+        for (int64_t ahead = 0; ahead < bytes; ahead += 64) __builtin_prefetch(later + ahead, 0, 3);
+    }
+}
+
 /* `count` rows with `blocks` row blocks side by side: an unpacked line serves all rows, a broadcast number all blocks. Both are
  * known when this is compiled, and so is the kind. */
 INLINE void LEVEL(integer_rows)(int kind, int group, int blocks, const matrix *w, span part, const uint8_t *tile,
@@ -75,10 +83,7 @@ INLINE void LEVEL(integer_rows)(int kind, int group, int blocks, const matrix *w
     const int tile_bytes = code_bytes + scale_bytes + (kind == KIND_INT4_MINIMUM ? 2 * ROWS : 0);
     tile += part.from * tile_bytes;
     for (int64_t g = part.from; g < part.to; g++, tile += tile_bytes) {
-        if (!part.warm)
-            for (int b = 0; b < blocks; b++)
-                for (int ahead = 0; ahead < tile_bytes; ahead += 64)
-                    __builtin_prefetch(tile + b * next + PREFETCH_BYTES + ahead, 0, 3);
+        if (!part.warm) LEVEL(fetch)(tile, (g + 1) * tile_bytes + PREFETCH_BYTES > next, blocks, next, tile_bytes);
         vi inner[AT_ONCE][2];
         for (int i = 0; i < count; i++) inner[i][0] = inner[i][1] = (vi){} + (kind == KIND_INT4_MINIMUM ? 0 : sum[i][g]);
 #pragma GCC unroll 8
@@ -120,10 +125,7 @@ INLINE void LEVEL(float_rows)(int kind, int group, int blocks, const matrix *w, 
     }
     tile += part.from * w->tile_bytes;
     for (int64_t g = part.from; g < part.to; g++, tile += w->tile_bytes) {
-        if (!part.warm)
-            for (int b = 0; b < blocks; b++)
-                for (int ahead = 0; ahead < w->tile_bytes; ahead += 64)
-                    __builtin_prefetch(tile + b * next + PREFETCH_BYTES + ahead, 0, 3);
+        if (!part.warm) LEVEL(fetch)(tile, (g + 1) * w->tile_bytes + PREFETCH_BYTES > next, blocks, next, w->tile_bytes);
         vf inner[AT_ONCE][2];
         for (int i = 0; i < count; i++) inner[i][0] = inner[i][1] = (vf){};
 #pragma GCC unroll 8
@@ -281,4 +283,34 @@ static float LEVEL(peak)(int32_t integers, int64_t rounds) {
     for (int i = 0; i < CHAINS; i++)
         for (int n = 0; n < ROWS; n++) sum += (float)whole[i][n] + real[i][n];
     return sum;
+}
+
+INLINE void LEVEL(dots_of)(const float *const *x, int count, const float *w, int64_t columns, float *out) {
+    vf sum[4][2];
+    for (int i = 0; i < count; i++) sum[i][0] = sum[i][1] = (vf){};
+    int64_t k = 0;
+    for (; k + 2 * ROWS <= columns; k += 2 * ROWS)
+        for (int half = 0; half < 2; half++) {
+            vf weight, number;
+            memcpy(&weight, w + k + half * ROWS, sizeof weight);
+            for (int i = 0; i < count; i++) {
+                memcpy(&number, x[i] + k + half * ROWS, sizeof number);
+                sum[i][half] += weight * number;
+            }
+        }
+    for (int i = 0; i < count; i++) {
+        const vf both = sum[i][0] + sum[i][1];
+        float total = 0;
+        for (int n = 0; n < ROWS; n++) total += both[n];
+        for (int64_t rest = k; rest < columns; rest++) total += w[rest] * x[i][rest];
+        out[i] = total;
+    }
+}
+
+static void LEVEL(dots)(const float *const *x, int32_t count, const float *w, int64_t columns, float *out) {
+    if (count == 4) {
+        LEVEL(dots_of)(x, 4, w, columns, out);
+        return;
+    }
+    for (int32_t i = 0; i < count; i++) LEVEL(dots_of)(x + i, 1, w, columns, out + i);
 }
