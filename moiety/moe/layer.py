@@ -261,8 +261,7 @@ class MoE(nn.Module):
         self._check_pinned(pinned, len(x_TD))
         _check_lengths(len(x_TD), self.choices, valid_T, token_id_T, cost_E)
         best = self._compiled(x_TD) if pinned is None and valid_T is None else None
-        if best is not None:
-            assert self.gate is not None
+        if best is not None and self.gate is not None:
             gate, bias_E = self.gate, self.selection_bias
             return cpu_routing.route(x_TD, gate.weight, best, gate_bias_E=gate.bias, bias_E=bias_E)
         needs = self.router.needs
