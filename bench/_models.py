@@ -1,19 +1,23 @@
-"""Models of real shapes with random packed weights: speed does not depend on what the numbers are."""
+"""Models of real shapes with random weights, packed or as other engines read them: numbers do not change the speed."""
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
 from moiety import registry
 from moiety.config import ModelConfig
+from moiety.formats import format_named
 from moiety.formats.tiles import PackedWeight, pack, shape_of
 from moiety.model.slots import Group, install, slots
+from moiety.model.tokenizer import train_tokenizer
 from moiety.model.transformer import Transformer
 from moiety.quant.quantize import policy_named
 
-__all__ = ["packed_model", "shape_named"]
+__all__ = ["packed_model", "random_model", "shape_named", "write_gguf"]
 
 
 def shape_named(name: str, layers: int = 0) -> ModelConfig:
@@ -25,8 +29,6 @@ def shape_named(name: str, layers: int = 0) -> ModelConfig:
 
 def _random_tiles(name: str, experts: int, rows: int, columns: int, interleaved: bool) -> PackedWeight:
     """A stack of matrices; a few random rows are packed and repeated, because packing takes longer than measuring."""
-    from moiety.formats import format_named
-
     form = format_named(name)
     shape = shape_of(form, experts=experts, rows=rows, columns=columns, interleaved=interleaved)
     few = pack(torch.randn(64, columns) * columns**-0.5, form).tiles[0]
@@ -61,3 +63,49 @@ def packed_model(config: ModelConfig, formats: str) -> Transformer:
                 )
                 setattr(module, name, torch.nn.Parameter(filled, requires_grad=False))
     return model.eval()
+
+
+def random_model(config: ModelConfig) -> Transformer:
+    """The same with plain float32 weights; all experts of a layer are one expert, in memory as in a file's numbers."""
+    with torch.device("meta"):
+        model = Transformer(config, initialize=False)
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.dim() == 1:
+                filled = torch.ones(parameter.shape)
+            elif parameter.dim() == 2:
+                filled = torch.randn(parameter.shape) * parameter.shape[1] ** -0.5
+            else:
+                one = torch.randn(1, *parameter.shape[1:]) * parameter.shape[2] ** -0.5
+                filled = one.expand(parameter.shape)
+            setattr(module, name, torch.nn.Parameter(filled, requires_grad=False))
+    return model.eval()
+
+
+def write_gguf(config: ModelConfig, path: Path) -> None:
+    """A Q4_0 file of this shape: one layer is quantized, and written as often as there are layers."""
+    import gguf
+
+    from moiety.model.gguf import save_gguf
+
+    one = path.with_suffix(".one.gguf")
+    tokenizer = train_tokenizer(["a server wants to show its tokens as text"], 300)
+    save_gguf(random_model(replace(config, layers=1)), one, "q4_0", tokenizer)
+    reader = gguf.GGUFReader(one)
+    architecture = reader.fields["general.architecture"].contents()
+    writer = gguf.GGUFWriter(path, architecture)
+    for name, field in reader.fields.items():
+        if name.startswith("GGUF.") or name == "general.architecture":
+            continue
+        value = config.layers if name == f"{architecture}.block_count" else field.contents()
+        writer.add_key_value(name, value, field.types[0], field.types[-1] if len(field.types) > 1 else None)
+    for tensor in reader.tensors:
+        repeats = config.layers if tensor.name.startswith("blk.0.") else 1
+        for layer in range(repeats):
+            name = tensor.name.replace("blk.0.", f"blk.{layer}.")
+            writer.add_tensor(name, tensor.data, raw_dtype=tensor.tensor_type)
+    with contextlib.closing(writer):
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+    one.unlink()
