@@ -18,6 +18,7 @@ from moiety.infer.options import EngineOptions, RequestOptions, SamplingOptions
 from moiety.model.paged import PagePool
 from moiety.model.tokenizer import Tokenizer, train_tokenizer
 from moiety.model.transformer import Transformer
+from moiety.quant.quantize import policy_named, quantize
 from tests import tiny
 from tests.model.test_paged import family_config
 from tests.model.test_paged import made as made_from
@@ -115,6 +116,22 @@ def test_one_and_32_at_once_are_the_same(sampling: SamplingOptions) -> None:
     lonely = engine(model, max_requests=1)
     for prompt, result in zip(prompts, together, strict=True):
         assert result.tokens == lonely.generate([prompt], asked[0])[0].tokens
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("form", ["int8-g32", "int4-g32"])
+def test_a_packed_model_draws_the_same_at_1_and_32(form: str, dtype: torch.dtype) -> None:
+    sizes = tiny.attention(heads=4, kv_heads=2, head_dim=16)
+    model = made("", dtype=dtype, d_model=64, d_ff=32, attention=sizes, moe=tiny.experts(d_ff=32))
+    quantize(model, policy_named(form))
+    asked = RequestOptions(max_tokens=16, sampling=GREEDY)
+    prompts = [[(number * 7 + place) % 61 for place in range(1 + number % 9)] for number in range(32)]
+    together = engine(model, max_requests=32, step_tokens=64).generate(prompts, asked)
+    lonely = engine(model, max_requests=1, draft=3)
+    for prompt, result in zip(prompts, together, strict=True):
+        assert result.tokens == lonely.generate([prompt], asked)[0].tokens
+        if dtype is torch.float32:  # plain generation's attention rounds otherwise in bfloat16
+            assert result.tokens == plain(model, prompt, asked)
 
 
 def test_a_known_start_is_not_computed_again() -> None:
