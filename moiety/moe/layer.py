@@ -97,10 +97,19 @@ def _check_company(router: Router, capacity: Capacity | None, weigh_input: bool,
         )
 
 
-def _check_length(name: str, given: Tensor | None, wanted: int, what: str) -> None:
+def _check_lengths(
+    tokens: int, experts: int, valid_T: Tensor | None, token_id_T: Tensor | None, cost_E: Tensor | None
+) -> None:
     """Refuse what would be broadcast, or fail far from here."""
-    if given is not None and tuple(given.shape) != (wanted,):
-        raise UsageError(f"{name} has shape {tuple(given.shape)}; one for each of {wanted} {what}s is wanted")
+    for name, given, wanted, what in (
+        ("valid", valid_T, tokens, "token"),
+        ("token_ids", token_id_T, tokens, "token"),
+        ("cost_E", cost_E, experts, "expert"),
+    ):
+        if given is not None and tuple(given.shape) != (wanted,):
+            raise UsageError(
+                f"{name} has shape {tuple(given.shape)}; one for each of {wanted} {what}s is wanted"
+            )
 
 
 class MoE(nn.Module):
@@ -250,12 +259,9 @@ class MoE(nn.Module):
             UsageError: the router needs token ids and got none, or something is not one for each token or expert.
         """
         self._check_pinned(pinned, len(x_TD))
-        _check_length("valid", valid_T, len(x_TD), "token")
-        _check_length("token_ids", token_id_T, len(x_TD), "token")
-        _check_length("cost_E", cost_E, self.choices, "expert")
+        _check_lengths(len(x_TD), self.choices, valid_T, token_id_T, cost_E)
         best = self._compiled(x_TD) if pinned is None and valid_T is None else None
-        if best is not None:
-            assert self.gate is not None
+        if best is not None and self.gate is not None:
             gate, bias_E = self.gate, self.selection_bias
             return cpu_routing.route(x_TD, gate.weight, best, gate_bias_E=gate.bias, bias_E=bias_E)
         needs = self.router.needs
