@@ -18,7 +18,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import final
 
-from moiety import cost
+import torch
+
 from moiety.config import ModelConfig, require
 from moiety.errors import BusyError, ConfigError, MoietyError, UsageError
 from moiety.infer.drafts import Drafter
@@ -28,6 +29,7 @@ from moiety.infer.request import Reason, Request, State
 from moiety.infer.runner import Drawn, Outcome, Runner
 from moiety.infer.scheduler import Scheduler, Slice
 from moiety.infer.stops import AnswerText
+from moiety.model.paged import PagePool
 from moiety.model.tokenizer import TextStream, Tokenizer
 from moiety.model.transformer import Transformer
 
@@ -133,13 +135,13 @@ class Statistics:
     imbalance: float
 
 
-def page_count(config: ModelConfig, options: EngineOptions, value_bytes: int) -> tuple[int, int]:
+def page_count(config: ModelConfig, options: EngineOptions, dtype: torch.dtype) -> tuple[int, int]:
     """How many pages there will be, and the longest sequence in tokens.
 
     Args:
         config: The model's.
         options: Bytes, page size and longest sequence.
-        value_bytes: Of one number in keys and values.
+        dtype: Of keys and values.
 
     Raises:
         ConfigError: sequences longer than the model's, or too few bytes for one of them.
@@ -148,7 +150,7 @@ def page_count(config: ModelConfig, options: EngineOptions, value_bytes: int) ->
     asked = options.max_positions
     require(asked <= seen, f"max_positions is {asked}; the model was made for {seen}")
     longest = asked or seen
-    page_bytes = size * cost.kv_bytes_per_token(config, value_bytes)
+    page_bytes = PagePool(config, 1, size, dtype=dtype).page_bytes
     fitting, needed = (options.kv_bytes or AUTOMATIC_BYTES) // page_bytes, -(-longest // size)
     if options.kv_bytes == 0 and asked == 0:
         needed = min(needed, max(fitting, 1))
@@ -257,7 +259,7 @@ class Engine:
     ) -> None:
         check_model(model)
         self.options = options = EngineOptions() if options is None else options
-        count, self.max_positions = page_count(model.config, options, model.embed.weight.itemsize)
+        count, self.max_positions = page_count(model.config, options, model.embed.weight.dtype)
         self._tokenizer, self._vocabulary = tokenizer, model.config.vocab_size
         self._ends = ends if ends is not None else frozenset({tokenizer.end_id} if tokenizer else ())
         self._runner = Runner(model, count, options.page_tokens)

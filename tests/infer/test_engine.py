@@ -18,6 +18,7 @@ from moiety.infer.options import EngineOptions, RequestOptions, SamplingOptions
 from moiety.model.paged import PagePool
 from moiety.model.tokenizer import Tokenizer, train_tokenizer
 from moiety.model.transformer import Transformer
+from moiety.quant.quantize import policy_named, quantize
 from tests import tiny
 from tests.model.test_paged import family_config
 from tests.model.test_paged import made as made_from
@@ -115,6 +116,22 @@ def test_one_and_32_at_once_are_the_same(sampling: SamplingOptions) -> None:
     lonely = engine(model, max_requests=1)
     for prompt, result in zip(prompts, together, strict=True):
         assert result.tokens == lonely.generate([prompt], asked[0])[0].tokens
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("form", ["int8-g32", "int4-g32"])
+def test_a_packed_model_draws_the_same_at_1_and_32(form: str, dtype: torch.dtype) -> None:
+    sizes = tiny.attention(heads=4, kv_heads=2, head_dim=16)
+    model = made("", dtype=dtype, d_model=64, d_ff=32, attention=sizes, moe=tiny.experts(d_ff=32))
+    quantize(model, policy_named(form))
+    asked = RequestOptions(max_tokens=16, sampling=GREEDY)
+    prompts = [[(number * 7 + place) % 61 for place in range(1 + number % 9)] for number in range(32)]
+    together = engine(model, max_requests=32, step_tokens=64, page_tokens=16).generate(prompts, asked)
+    lonely = engine(model, max_requests=1, page_tokens=16)
+    for prompt, result in zip(prompts, together, strict=True):
+        assert result.tokens == lonely.generate([prompt], asked)[0].tokens
+        if dtype is torch.float32:  # plain generation's attention rounds otherwise in bfloat16
+            assert result.tokens == plain(model, prompt, asked)
 
 
 def test_a_known_start_is_not_computed_again() -> None:
@@ -350,7 +367,7 @@ def test_memory_is_counted_before_it_is_taken() -> None:
     page_bytes = PagePool(config, 1, 4).page_bytes
 
     def pages(**options: Any) -> tuple[int, int]:
-        return page_count(config, EngineOptions(page_tokens=4, **options), 4)
+        return page_count(config, EngineOptions(page_tokens=4, **options), torch.float32)
 
     assert pages() == (25 * 32, 100), "no more than the requests can fill"
     assert pages(kv_bytes=30 * page_bytes + 5) == (30, 100)
@@ -362,11 +379,10 @@ def test_memory_is_counted_before_it_is_taken() -> None:
     with pytest.raises(ConfigError, match="made for 100"):
         pages(max_positions=101)
     large = tiny.config(max_positions=2**30)
-    count, longest = page_count(large, EngineOptions(), 4)
-    assert (
-        longest == count * 16 and count * 16 * page_bytes // 4 <= 2**30 < (count + 1) * 16 * page_bytes // 4
-    )
-    asked = page_count(large, EngineOptions(max_positions=2**29), 4)
+    count, longest = page_count(large, EngineOptions(), torch.bfloat16)
+    page_bytes = PagePool(large, 1, 16, dtype=torch.bfloat16).page_bytes
+    assert longest == count * 16 and count * page_bytes <= 2**30 < (count + 1) * page_bytes
+    asked = page_count(large, EngineOptions(max_positions=2**29), torch.float32)
     assert asked == (2**25, 2**29), "more than 1 GiB where it was asked for"
 
 
