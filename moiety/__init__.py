@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from moiety.config import AttentionConfig, ModelConfig, MoEConfig
     from moiety.errors import MoietyError
+    from moiety.infer.engine import Engine
     from moiety.infer.generate import generate
     from moiety.model.load import load
     from moiety.model.tokenizer import Tokenizer
@@ -48,6 +49,7 @@ __all__ = [
     "Capacity",
     "CostAware",
     "DenseMixer",
+    "Engine",
     "ExpertChoice",
     "ExpertDropout",
     "Explore",
@@ -83,6 +85,7 @@ _HOMES = {
     "Capacity": "moiety.moe.capacity",
     "CostAware": "moiety.moe.routers",
     "DenseMixer": "moiety.moe.routers",
+    "Engine": "moiety.infer.engine",
     "ExpertChoice": "moiety.moe.routers",
     "ExpertDropout": "moiety.moe.routers",
     "Explore": "moiety.moe.routers",

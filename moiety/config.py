@@ -8,15 +8,11 @@ field, each default in exactly one place; nothing here is ever mutated (`datacla
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import math
-import types
-import typing
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from dataclasses import dataclass
+from typing import Literal
 
 from moiety.errors import ConfigError
+from moiety.fields import check_types, from_dict, option, require, to_dict
 
 __all__ = [
     "Architecture",
@@ -33,53 +29,8 @@ __all__ = [
     "to_dict",
 ]
 
+UNEVEN_MAX = 1000  # layers: each is checked when a config is read, whoever wrote it
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
-ConfigType = TypeVar("ConfigType")
-
-
-def option(default: Any = dataclasses.MISSING, *, help: str) -> Any:
-    """A dataclass field with its help text; the command line reads the same text.
-
-    Args:
-        default: Value when none is given; a field without one must be given.
-        help: One line, with the unit.
-    """
-    return field(default=default, metadata={"help": help})
-
-
-def require(condition: bool, message: str, hint: str | None = None) -> None:
-    """Raise ConfigError with `message` and `hint` unless `condition` holds."""
-    if not condition:
-        raise ConfigError(message, hint=hint)
-
-
-def check_types(config: Any) -> None:
-    """Refuse a value whose type is not the field's, before any arithmetic on it can go wrong."""
-    hints = typing.get_type_hints(type(config))
-    for item in dataclasses.fields(config):
-        value, wanted = getattr(config, item.name), hints[item.name]
-        if not _fits(value, wanted):
-            shown = getattr(wanted, "__name__", str(wanted))
-            require(
-                False,
-                f"{type(config).__name__}.{item.name} is {value!r}, which is not {shown}",
-                item.metadata.get("help"),
-            )
-
-
-def _fits(value: Any, wanted: Any) -> bool:
-    origin = typing.get_origin(wanted)
-    if origin is Literal:
-        return value in typing.get_args(wanted)
-    if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, part) for part in typing.get_args(wanted))
-    if origin is tuple:
-        return isinstance(value, tuple) and all(_fits(v, typing.get_args(wanted)[0]) for v in value)
-    if wanted is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if wanted is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, wanted)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,6 +207,9 @@ class MoEConfig:
     experts: int = option(help="routed experts in each layer (E)")
     experts_per_token: int = option(help="experts that each token is sent to (K)")
     d_ff: int = option(help="inner width of one expert (F)")
+    per_layer: tuple[tuple[int, int, int], ...] = option(
+        (), help="layers that differ, after pruning or merging: (layer, experts, experts_per_token) each"
+    )
     router: str = option(
         "softmax", help="who chooses: a name that `moiety routers` lists, or module:Class for your own"
     )
@@ -297,6 +251,7 @@ class MoEConfig:
     router_bias: bool = option(False, help="add a trained bias to the router logits (gpt-oss)")
     shared_d_ff: int = option(0, help="inner width of the always-active shared expert; 0 means none")
     shared_gate: bool = option(False, help="multiply the shared expert's output by a sigmoid gate (Qwen2)")
+    shared_bias: bool = option(False, help="add biases to the shared expert's projections")
     activation: Activation | Literal["clamped_swiglu"] = option(
         "silu",
         help="activation of the experts; clamped_swiglu is gpt-oss': (up + 1) * gate * sigmoid(1.702 gate)",
@@ -336,10 +291,11 @@ class MoEConfig:
             "eval_capacity_factor",
         ):
             require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must not be negative")
-        require(
-            not self.shared_gate or self.shared_d_ff > 0,
-            "shared_gate is set but shared_d_ff is 0: there is no shared expert to gate",
-        )
+        for name in ("shared_gate", "shared_bias"):
+            require(
+                not getattr(self, name) or self.shared_d_ff > 0,
+                f"{name} is set but shared_d_ff is 0: there is no shared expert",
+            )
         require(
             self.router != "switch" or not (self.selection_bias or self.scale != 1),
             "router 'switch' weighs by the plain probability: it has no selection_bias and no scale",
@@ -361,6 +317,14 @@ class MoEConfig:
             f"null_kind is {self.null_kind!r}, but there are no null_experts",
         )
         self._check_groups()
+        self._check_layers()
+
+    def at(self, layer: int) -> MoEConfig:
+        """The config of one layer, its own number of experts and of experts per token put in."""
+        for number, experts, k in self.per_layer:
+            if number == layer:
+                return dataclasses.replace(self, experts=experts, experts_per_token=k, per_layer=())
+        return dataclasses.replace(self, per_layer=()) if self.per_layer else self
 
     @property
     def choices(self) -> int:
@@ -376,6 +340,20 @@ class MoEConfig:
     def group_best(self) -> int:
         """How many of a group's best experts are summed to judge it."""
         return 2 if self.group_score == "top2" else 1
+
+    def _check_layers(self) -> None:
+        layers = [one[0] for one in self.per_layer]
+        require(
+            len(layers) <= UNEVEN_MAX,
+            f"per_layer names {len(layers)} layers; allowed are {UNEVEN_MAX}",
+            "give experts and experts_per_token the numbers that most layers have",
+        )
+        require(len(set(layers)) == len(layers), f"per_layer names a layer twice: {layers}")
+        for layer in layers:
+            try:
+                self.at(layer)
+            except ConfigError as error:
+                raise ConfigError(f"layer {layer} of per_layer: {error.message}", hint=error.hint) from error
 
     def _check_groups(self) -> None:
         require(
@@ -417,6 +395,7 @@ class ModelConfig:
     dense_layers: tuple[int, ...] = option((), help="layers that keep a dense feed-forward in an MoE model")
     activation: Activation = option("silu", help="activation of the dense feed-forward")
     gated: bool = option(True, help="gate x up in the dense feed-forward")
+    feed_forward_bias: bool = option(False, help="add biases to the dense feed-forward's projections")
     norm: Literal["rms", "layer"] = option("rms", help="RMSNorm, or LayerNorm (phi, dbrx)")
     norm_place: Literal["pre", "post", "both"] = option(
         "pre", help="norm of each sublayer's input, of its output before the residual sum, or of both (Grok)"
@@ -449,6 +428,11 @@ class ModelConfig:
             self.moe is not None or not self.dense_layers,
             f"dense_layers is {self.dense_layers}, but there is no moe: every layer is dense already",
             "leave dense_layers empty",
+        )
+        uneven = [layer for layer, _, _ in self.moe.per_layer] if self.moe is not None else []
+        bad = [layer for layer in uneven if layer not in self.moe_layers]
+        require(
+            not bad, f"per_layer names layers {bad}, which have no experts", f"these have: {self.moe_layers}"
         )
         require(
             not (self.norm_bias and self.norm == "rms"), "norm_bias needs norm='layer'; RMSNorm has no bias"
@@ -510,6 +494,9 @@ class EncoderDecoderConfig:
         )
         require(self.norm_eps > 0, f"norm_eps is {self.norm_eps}; it must be positive")
         require(
+            not self.moe.per_layer, "an encoder-decoder has the same experts in every layer: no per_layer"
+        )
+        require(
             0 <= self.start_token < self.vocab_size,
             f"start_token is {self.start_token}; the vocabulary is 0 to {self.vocab_size - 1}",
         )
@@ -537,46 +524,3 @@ def _every(layers: int, step: int) -> tuple[int, ...]:
 
 
 Architecture = ModelConfig | EncoderDecoderConfig
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """A config as plain JSON values; `from_dict` reads it back equal."""
-    return dataclasses.asdict(config)
-
-
-def from_dict(kind: type[ConfigType], values: Mapping[str, Any]) -> ConfigType:
-    """Build a config of `kind` from JSON values.
-
-    Raises:
-        ConfigError: an unknown key (with the nearest known one), a missing key, or a bad value.
-    """
-    require(
-        isinstance(values, Mapping), f"{kind.__name__} must be an object with named values, not {values!r}"
-    )
-    hints = typing.get_type_hints(kind)
-    known = {item.name: item for item in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    for key in values:
-        if key not in known:
-            close = difflib.get_close_matches(key, known, n=1)
-            raise ConfigError(
-                f"{kind.__name__} has no option {key!r}",
-                hint=f"did you mean {close[0]!r}?" if close else f"it has {', '.join(known)}",
-            )
-    missing = [
-        name for name, item in known.items() if item.default is dataclasses.MISSING and name not in values
-    ]
-    if missing:
-        raise ConfigError(
-            f"{kind.__name__} needs {', '.join(missing)}", hint=known[missing[0]].metadata.get("help")
-        )
-    return kind(**{key: _revive(value, hints[key]) for key, value in values.items()})
-
-
-def _revive(value: Any, wanted: Any) -> Any:
-    """JSON has no tuples and no dataclasses: turn lists and objects back into what the field holds."""
-    for part in (wanted, *typing.get_args(wanted)):
-        if isinstance(value, Mapping) and dataclasses.is_dataclass(part):
-            return from_dict(typing.cast(type, part), value)
-        if isinstance(value, list) and typing.get_origin(part) is tuple:
-            return tuple(value)
-    return value

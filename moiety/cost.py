@@ -22,8 +22,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 from moiety.config import Architecture, EncoderDecoderConfig, ModelConfig, MoEConfig
 from moiety.errors import ConfigError
@@ -68,16 +69,18 @@ class Flops:
 def parameters(config: Architecture) -> Parameters:
     """Count parameters, total and active for one token, by component.
 
-    active = total - (E - K) x expert in every MoE layer: only unchosen experts are left out.
+    active = total - (E - K) x expert in every MoE layer, by that layer's own E and K: only unchosen experts are
+    left out.
     """
     if isinstance(config, EncoderDecoderConfig):
         components = _encoder_decoder_components(config)
     else:
         components = _decoder_components(config)
     active_components = dict(components)
-    if config.moe is not None:
-        used = components["routed_experts"] * config.moe.experts_per_token
-        active_components["routed_experts"] = used // config.moe.experts
+    layers = _moe_layers(config)
+    active_components["routed_experts"] = sum(
+        moe.experts_per_token * _expert(moe, config.d_model) for moe in layers
+    )
     active = sum(active_components.values())
     return Parameters(
         total=sum(components.values()),
@@ -105,7 +108,7 @@ def flops_per_token(config: ModelConfig, context: int = 0, *, absorbed: bool = T
         ConfigError: `context` is negative.
     """
     _require_at_least("context", context, 0)
-    d_model, attention, moe = config.d_model, config.attention, config.moe
+    d_model, attention = config.d_model, config.attention
     if attention.mla is None:
         per_position = 4 * attention.heads * attention.head_dim
     elif absorbed:
@@ -122,10 +125,10 @@ def flops_per_token(config: ModelConfig, context: int = 0, *, absorbed: bool = T
         "shared_experts": 0,
         "routers": router_flops(config),
     }
-    if moe is not None:
-        matrices, moe_layers = _matrices(moe.gated), len(config.moe_layers)
-        components["routed_experts"] = 2 * moe_layers * moe.experts_per_token * matrices * d_model * moe.d_ff
-        components["shared_experts"] = 2 * moe_layers * matrices * d_model * moe.shared_d_ff
+    for moe in _moe_layers(config):
+        once = 2 * _matrices(moe.gated) * d_model
+        components["routed_experts"] += once * moe.experts_per_token * moe.d_ff
+        components["shared_experts"] += once * moe.shared_d_ff
     return Flops(total=sum(components.values()), components=components)
 
 
@@ -143,10 +146,7 @@ def training_flops_per_token(config: ModelConfig, context: int = 0) -> Flops:
 
 def router_flops(config: ModelConfig) -> int:
     """Forward FLOPs of all routers for one token: 2 x D x E in each MoE layer, and the shared gate's 2 x D."""
-    if config.moe is None:
-        return 0
-    columns = config.moe.router_matrices * config.moe.choices + int(config.moe.shared_gate)
-    return 2 * len(config.moe_layers) * config.d_model * columns
+    return 2 * config.d_model * sum(_router_columns(moe) for moe in _moe_layers(config))
 
 
 def weight_bytes(config: Architecture, bits: float) -> int:
@@ -185,42 +185,43 @@ def kv_bytes(config: ModelConfig, context: int, bytes_per_value: float = 2) -> i
 def distinct_experts(config: Architecture, batch: int) -> float:
     """Expected number of different experts that `batch` tokens choose in one layer: E (1 - (1 - K/E)^B).
 
-    Holds for uniform, independent routing. It is what a decoding step reads from memory, so the saving of
-    bandwidth by sparsity is a small-batch effect.
+    The mean over layers where they differ. Holds for uniform, independent routing. It is what a decoding step reads
+    from memory, so the saving of bandwidth by sparsity is a small-batch effect.
 
     Raises:
         ConfigError: the model is dense, or `batch` is negative.
     """
     _require_at_least("batch", batch, 0)
-    moe = _require_moe(config)
-    return moe.experts * (1.0 - (1.0 - moe.experts_per_token / moe.experts) ** batch)
+    return fmean(
+        moe.experts * (1.0 - (1.0 - moe.experts_per_token / moe.experts) ** batch)
+        for moe in _require_moe(config)
+    )
 
 
 def tokens_per_expert(config: Architecture, tokens: int) -> float:
-    """Mean number of tokens that one expert gets from `tokens`: tokens x K / E.
+    """Mean number of tokens that one expert gets from `tokens`: tokens x K / E, the mean over layers.
 
     Raises:
         ConfigError: the model is dense, or `tokens` is negative.
     """
     _require_at_least("tokens", tokens, 0)
-    moe = _require_moe(config)
-    return tokens * moe.experts_per_token / moe.experts
+    return fmean(tokens * moe.experts_per_token / moe.experts for moe in _require_moe(config))
 
 
 def dense_twin(config: ModelConfig) -> ModelConfig:
     """The dense model with the active parameters of `config`: the fair opponent at equal compute.
 
     d_ff = K x F + the shared width, with the experts' gating and activation. A dense model has one width,
-    so if `config` keeps dense layers, it is the mean over layers, rounded to the nearest. A dense config is
-    its own twin. What cannot be matched is in `dense_twin_difference`; experts with clamped_swiglu get the twin
-    silu, the nearest that a dense feed-forward has.
+    so if layers of `config` differ or some are dense, it is the mean over layers, rounded to the nearest. A dense
+    config is its own twin. What cannot be matched is in `dense_twin_difference`; experts with clamped_swiglu get
+    the twin silu, the nearest that a dense feed-forward has.
     """
     moe = config.moe
     if moe is None:
         return config
-    width = _matrices(moe.gated) * (moe.experts_per_token * moe.d_ff + moe.shared_d_ff)
+    width = sum(one.experts_per_token * one.d_ff + one.shared_d_ff for one in _moe_layers(config))
     dense_width = _matrices(config.gated) * config.d_ff
-    total = len(config.moe_layers) * width + (config.layers - len(config.moe_layers)) * dense_width
+    total = _matrices(moe.gated) * width + (config.layers - len(config.moe_layers)) * dense_width
     share = config.layers * _matrices(moe.gated)
     return dataclasses.replace(
         config,
@@ -242,10 +243,18 @@ def _require_at_least(name: str, value: int, least: int) -> None:
         raise ConfigError(f"{name} is {value}; it must be at least {least}")
 
 
-def _require_moe(config: Architecture) -> MoEConfig:
-    if config.moe is None:
+def _moe_layers(config: Architecture) -> list[MoEConfig]:
+    """The config of each layer with experts."""
+    if isinstance(config, EncoderDecoderConfig):
+        return [config.moe] * (len(config.encoder_moe_layers) + len(config.decoder_moe_layers))
+    return [] if config.moe is None else [config.moe.at(layer) for layer in config.moe_layers]
+
+
+def _require_moe(config: Architecture) -> list[MoEConfig]:
+    layers = _moe_layers(config)
+    if not layers:
         raise ConfigError("this model is dense: it has no experts", hint="ask for a model with moe set")
-    return config.moe
+    return layers
 
 
 def _matrices(gated: bool) -> int:
@@ -302,18 +311,40 @@ def _attention_vectors(config: ModelConfig) -> int:
 
 
 def _dense_feed_forward(config: ModelConfig) -> int:
+    """Weights of all dense feed-forwards, without biases."""
     return (config.layers - len(config.moe_layers)) * _matrices(config.gated) * config.d_model * config.d_ff
 
 
-def _moe_components(moe: MoEConfig, d_model: int, moe_layers: int) -> dict[str, int]:
-    matrices = _matrices(moe.gated)
-    biases = (matrices - 1) * moe.d_ff + d_model if moe.bias else 0
-    columns = moe.router_matrices * moe.choices + int(moe.shared_gate)
-    vectors = moe.choices * (int(moe.router_bias) + int(moe.selection_bias))
+def _biases(gated: bool, d_ff: int, d_model: int) -> int:
+    """Biases of one feed-forward."""
+    return (_matrices(gated) - 1) * d_ff + d_model
+
+
+def _expert(moe: MoEConfig, d_model: int) -> int:
+    """Parameters of one expert."""
+    biases = _biases(moe.gated, moe.d_ff, d_model) if moe.bias else 0
+    return _matrices(moe.gated) * d_model * moe.d_ff + biases
+
+
+def _shared(moe: MoEConfig, d_model: int) -> int:
+    """Parameters of the shared expert."""
+    biases = _biases(moe.gated, moe.shared_d_ff, d_model) if moe.shared_bias else 0
+    return _matrices(moe.gated) * d_model * moe.shared_d_ff + biases
+
+
+def _router_columns(moe: MoEConfig) -> int:
+    """Columns of D weights that decide: the router's and the shared expert's gate."""
+    return moe.router_matrices * moe.choices + int(moe.shared_gate)
+
+
+def _moe_components(layers: Sequence[MoEConfig], d_model: int) -> dict[str, int]:
     return {
-        "routed_experts": moe_layers * moe.experts * (matrices * d_model * moe.d_ff + biases),
-        "shared_experts": moe_layers * matrices * d_model * moe.shared_d_ff,
-        "routers": moe_layers * (d_model * columns + vectors),
+        "routed_experts": sum(moe.experts * _expert(moe, d_model) for moe in layers),
+        "shared_experts": sum(_shared(moe, d_model) for moe in layers),
+        "routers": sum(
+            d_model * _router_columns(moe) + moe.choices * (int(moe.router_bias) + int(moe.selection_bias))
+            for moe in layers
+        ),
     }
 
 
@@ -321,20 +352,17 @@ def _decoder_components(config: ModelConfig) -> dict[str, int]:
     matrix = config.vocab_size * config.d_model
     norms_per_layer = 4 if config.norm_place == "both" else 2
     norm = config.d_model * (2 if config.norm_bias else 1)
-    components = {
+    each = _biases(config.gated, config.d_ff, config.d_model) if config.feed_forward_bias else 0
+    biases = (config.layers - len(config.moe_layers)) * each
+    return {
         "embedding": matrix,
         "head": (0 if config.tied else matrix) + (config.vocab_size if config.head_bias else 0),
         "attention": config.layers * (_attention_matrices(config) + _attention_vectors(config)),
         "norms": (norms_per_layer * config.layers + 1) * norm,
-        "dense_feed_forward": _dense_feed_forward(config),
-        "routed_experts": 0,
-        "shared_experts": 0,
-        "routers": 0,
+        "dense_feed_forward": _dense_feed_forward(config) + biases,
+        **_moe_components(_moe_layers(config), config.d_model),
         "relative_position": 0,
     }
-    if config.moe is not None:
-        components |= _moe_components(config.moe, config.d_model, len(config.moe_layers))
-    return components
 
 
 def _encoder_decoder_components(config: EncoderDecoderConfig) -> dict[str, int]:
@@ -349,6 +377,6 @@ def _encoder_decoder_components(config: EncoderDecoderConfig) -> dict[str, int]:
         "attention": (encoder + 2 * decoder) * 4 * config.d_model * config.heads * config.head_dim,
         "norms": (2 * encoder + 3 * decoder + 2) * config.d_model,
         "dense_feed_forward": dense_layers * _matrices(config.moe.gated) * config.d_model * config.moe.d_ff,
-        **_moe_components(config.moe, config.d_model, moe_layers),
+        **_moe_components(_moe_layers(config), config.d_model),
         "relative_position": 2 * config.position_buckets * config.heads,
     }

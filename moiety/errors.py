@@ -3,6 +3,7 @@
     MoietyError
     ├── ConfigError        a value, or two values together, cannot describe a model or a run
     ├── UsageError         a command or function was called wrongly
+    ├── BusyError          too much was asked for at a time; later it may be taken in
     ├── DataError          a text or a token file cannot be trained on
     ├── FormatError        a file is not what it claims to be: truncated, altered, unknown layout
     ├── StorageError       the system refused to read or write: disk full, no permission
@@ -15,6 +16,7 @@ cause is an `assert` with the values in it, never one of these.
 """
 
 __all__ = [
+    "BusyError",
     "CheckFailed",
     "ConfigError",
     "DataError",
@@ -56,6 +58,10 @@ class UsageError(MoietyError):
     """A command or function was called wrongly."""
 
     exit_code = 2
+
+
+class BusyError(MoietyError):
+    """Too much was asked for at a time; later it may be taken in."""
 
 
 class DataError(MoietyError):

@@ -1,9 +1,9 @@
 """Well-known models by name, as data: `lookup("mixtral-8x7b")`.
 
 Sizes are exact: they give the parameter counts of the published weights (without multi-token-prediction
-layers and vision towers). What has no parameters is here where it was published in a form that could be checked;
-the frequency tables of Phi-3.5 and the stretching of Llama-4-Scout and Hunyuan are not. So an entry is for counting
-and planning; to run a model its own `config.json` is read.
+layers and vision towers). What has no parameters is here where it was published in a form that could be checked; an
+entry says under `unknown` what is not. So an entry is for counting and planning; to run a model its own `config.json`
+is read.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ __all__ = [
 class Decoder:
     """One decoder-only model as a row of the table; `build` makes its config.
 
-    `attention`, `moe` and `model` are further options of the three config classes.
+    `attention`, `moe` and `model` are further options of the three config classes; `unknown` is what the model
+    computes besides, of which this table has no figures.
     """
 
     source: str
@@ -53,6 +54,7 @@ class Decoder:
     attention: Mapping[str, Any] = field(default_factory=dict)
     moe: Mapping[str, Any] = field(default_factory=dict)
     model: Mapping[str, Any] = field(default_factory=dict)
+    unknown: str = ""
 
     def build(self) -> ModelConfig:
         """The model's config."""
@@ -250,6 +252,7 @@ _ONE_KIND: Mapping[str, Decoder] = {
         attention={"qkv_bias": True, "out_bias": True},
         moe={"router": "sparsemixer", "balance_loss": 0.0},
         model={"norm": "layer", "norm_bias": True, "head_bias": True},
+        unknown="the two tables of longrope factors and their scales: positions are plain here",
     ),
     "grok-1": Decoder(
         "xai-org/grok-1",
@@ -260,15 +263,17 @@ _ONE_KIND: Mapping[str, Decoder] = {
             "logits_multiplier": 0.5773502691896257,
         },
     ),
-    # Its router's own cap and the factor on the sum of expert and dense outputs have no field.
     "grok-2": Decoder(
         "xai-org/grok-2",
         (64, 8192, 64, 8, 128, 131072), experts=(8, 2, 16384), positions=131_072,
         attention={"rope_theta": 208_533_496.0, "logit_cap": 30.0},
-        moe={"renormalize": False, "shared_d_ff": 32768, "activation": "gelu_tanh"},
+        moe={
+            "renormalize": False, "shared_d_ff": 32768, "activation": "gelu_tanh", "router_options": ("cap=30.0",),
+        },
         model={
             "norm_place": "both", "embedding_multiplier": 8192**0.5, "logits_multiplier": 0.5, "logits_cap": 50.0,
         },
+        unknown="the sum of experts and dense feed-forward is divided by sqrt(2) before its norm, which no option says",
     ),
     "olmoe-1b-7b": Decoder(
         "allenai/OLMoE-1B-7B-0924, arXiv 2409.02060",
@@ -303,6 +308,7 @@ _ONE_KIND: Mapping[str, Decoder] = {
         "meta-llama/Llama-4-Scout-17B-16E, text model",
         (48, 5120, 40, 8, 128, 202048), experts=(16, 1, 8192), positions=10_485_760,
         attention={**_LLAMA4_ATTENTION, "qk_norm": "l2_rotated"}, moe=_LLAMA4_MOE,
+        unknown="the factors by which positions are stretched: they are plain here",
     ),
     "llama-4-maverick": Decoder(
         "meta-llama/Llama-4-Maverick-17B-128E, text model",
@@ -418,6 +424,7 @@ _QWEN: Mapping[str, Decoder] = {
         "tencent/Hunyuan-A13B-Pretrain",
         (32, 4096, 32, 8, 128, 128167), experts=(64, 8, 3072), positions=32_768,
         attention={"qk_norm": "head_rotated"}, moe={"shared_d_ff": 3072}, model={"tied": True},
+        unknown="the alpha by which the rotary base grows, 10000 * alpha^(d / (d - 2)): positions are plain here",
     ),
 }
 

@@ -142,7 +142,7 @@ def _windows(rng: Random, settings: Settings) -> Settings:
 
 def _llama(rng: Random) -> Settings:
     base = _base(rng, whole_heads=True)
-    return {**base, **_rope(rng, base), "attention_bias": _flag(rng)}
+    return {**base, **_rope(rng, base), "attention_bias": _flag(rng), "mlp_bias": _flag(rng)}
 
 
 def _mistral(rng: Random) -> Settings:
@@ -215,7 +215,7 @@ def _deepseek_v2(rng: Random) -> Settings:
     method = rng.choice(["greedy", "group_limited_greedy"])
     # transformers views pairs as complex numbers, which only even strides allow
     latent = {**_latent(rng, base), "qk_nope_head_dim": 8, "kv_lora_rank": rng.choice([10, 14])}
-    return {**base, **latent, **_latent_rope(rng), **groups, "topk_method": method}
+    return {**base, **latent, **_latent_rope(rng), **groups, "topk_method": method, "mlp_bias": _flag(rng)}
 
 
 def _deepseek_v3(rng: Random) -> Settings:
@@ -253,7 +253,7 @@ def _ernie(rng: Random) -> Settings:
         **base, **_moe(rng, "moe_num_experts", "moe_k"), "rope_parameters": rope,
         "moe_num_shared_experts": rng.choice([0, 1, 2]), "moe_intermediate_size": rng.randint(5, 16),
         "moe_layer_start_index": rng.choice([0, 1]), "moe_layer_interval": rng.choice([1, 2]),
-        "moe_layer_end_index": rng.choice([-1, 1]),
+        "moe_layer_end_index": rng.choice([-1, 1]), "use_bias": _flag(rng),
     }  # fmt: skip
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,8 @@ from typing import Any
 import gguf as package
 import numpy as np
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers.processors import TemplateProcessing
 
 from moiety.config import AttentionConfig, MLAConfig, ModelConfig, MoEConfig, RopeConfig
 from moiety.model.tokenizer import Tokenizer
@@ -50,6 +53,7 @@ def sigmoid(**changes: object) -> MoEConfig:
 MODELS: Mapping[str, ModelConfig] = {
     "llama-tied": config(tiny.attention(heads=5, kv_heads=1), tied=True),
     "llama-biases": config(tiny.attention(qkv_bias=True, out_bias=True, kv_heads=4), norm_eps=1e-4),
+    "llama-all-biases": config(tiny.attention(qkv_bias=True, out_bias=True), feed_forward_bias=True),
     "llama-interleaved": config(tiny.attention(rope_pairs="interleaved")),
     "llama-linear": config(tiny.attention(rope=RopeConfig(kind="linear", factor=2.5))),
     "llama-yarn": config(tiny.attention(rope=YARN)),
@@ -111,6 +115,50 @@ def tokenizer() -> Tokenizer:
     inner.decoder = decoders.ByteLevel()
     inner.add_special_tokens([END])
     return Tokenizer(inner, end_token=END)
+
+
+def chat_tokenizer(frame: str = "<s> $A") -> Tokenizer:
+    """Words of one letter, and a token for every role that a special one can have."""
+    inner = tokenizers.Tokenizer.from_str(tokenizer().to_json())
+    inner.add_special_tokens(["<s>", "<unk>", "<fill>", "<im>", "<call>"])
+    inner.add_tokens(["<own>"])
+    if frame:
+        ids = [(one, inner.token_to_id(one)) for one in ("<s>", END)]
+        inner.post_processor = TemplateProcessing(single=frame, special_tokens=ids)
+    named = {"bos_token": "<s>", "unk_token": "<unk>", "pad_token": "<fill>"}
+    return Tokenizer(inner, end_token=END, special_tokens=named)
+
+
+@functools.cache
+def sentencepiece(
+    space: bool = True, size: int = 420
+) -> tuple[Tokenizer, tuple[tuple[str, float, int], ...]]:
+    """A vocabulary like Llama 2's, and its tokens with score and kind; merges cross words, some letters are bytes."""
+    first = [normalizers.Prepend("▁")] if space else []
+    normalizer = normalizers.Sequence([*first, normalizers.Replace(" ", "▁")])
+    trained = tokenizers.Tokenizer(models.BPE())
+    trained.normalizer = normalizer
+    text = [
+        "The cat's theme: the theatre, aaaa banana  bandana 123 1234 naïve",
+        "other  others   anaanaa\n\tin the end",
+    ]
+    trained.train_from_iterator(text * 3, trainers.BpeTrainer(vocab_size=size - 259, show_progress=False))
+    model = json.loads(trained.to_str())["model"]
+    special = [("<unk>", 0.0, 2), ("<s>", 0.0, 3), ("</s>", 0.0, 3)]
+    made = {"".join(pair): -float(place) for place, pair in reversed(list(enumerate(model["merges"])))}
+    letters = [(piece, made.get(piece, -1e6), 1) for piece in model["vocab"]]
+    rows = (*special, *((f"<0x{byte:02X}>", 0.0, 6) for byte in range(256)), *letters)
+    vocab = {piece: token for token, (piece, _, _) in enumerate(rows)}
+    merges = [tuple(pair) for pair in model["merges"]]
+    inner = tokenizers.Tokenizer(
+        models.BPE(vocab=vocab, merges=merges, byte_fallback=True, unk_token="<unk>")
+    )
+    inner.normalizer = normalizer
+    inner.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    inner.add_special_tokens(["<unk>", "<s>", "</s>"])
+    inner.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    named = {"bos_token": "<s>", "unk_token": "<unk>", "eos_token": "</s>", "pad_token": "</s>"}
+    return Tokenizer(inner, end_token="</s>", special_tokens=named), rows
 
 
 def rewritten(source: Path, target: Path, changes: Mapping[str, Any], drop: tuple[str, ...] = ()) -> None:

@@ -253,8 +253,9 @@ class Problem:
 
 
 def _feed_forward(x: Tensor, value: Mapping[str, Tensor], like: ExpertWeights) -> Tensor:
-    up = value["shared.gate_up"] if like.gated else value["shared.up"]
-    y = one_expert(x, up, value["shared.down"], like, None, None)
+    name = "shared.gate_up" if like.gated else "shared.up"
+    biases = value.get(f"{name}_bias"), value.get("shared.down_bias")
+    y = one_expert(x, value[name], value["shared.down"], like, *biases)
     gate = value.get("shared_gate.weight")
     return y if gate is None else y / (1 + (-(x @ gate.T)).exp())
 

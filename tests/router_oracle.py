@@ -110,6 +110,9 @@ def score_of(router: Router, logits: Tensor) -> Tensor:
         return logits * (logits > 0)
     if isinstance(router, Hash):
         return torch.ones_like(logits) / logits.shape[-1]
+    if isinstance(router, TopK) and router.cap:
+        squared = (2 * logits / router.cap).exp()
+        logits = router.cap * (squared - 1) / (squared + 1)
     exp = (logits - logits.amax(-1, keepdim=True).detach()).exp()
     return exp / exp.sum(-1, keepdim=True)
 

@@ -25,6 +25,7 @@ PACKAGE = ROOT / "moiety"
 # Level of each module or package; the longest matching name counts. Imports point down.
 LEVELS = {
     "moiety.errors": 0,
+    "moiety.fields": 0,
     "moiety.config": 0,
     "moiety.cost": 0,
     "moiety.registry": 0,
@@ -50,6 +51,7 @@ LEVELS = {
 # Modules that must work where torch does not exist.
 GROUND_FLOOR = (
     "moiety.errors",
+    "moiety.fields",
     "moiety.config",
     "moiety.cost",
     "moiety.registry",

@@ -58,6 +58,12 @@ CONFIGS: Mapping[str, ModelConfig] = {
     ),
     "llama": config(attention=attention(heads=5, kv_heads=1), tied=True),
     "llama_biases": config(attention=attention(qkv_bias=True, out_bias=True, kv_heads=4), norm_eps=1e-4),
+    "all_biases": config(
+        attention=attention(qkv_bias=True, out_bias=True),
+        moe=experts(bias=True, router_bias=True, shared_d_ff=18, shared_bias=True),
+        dense_layers=(1,),
+        feed_forward_bias=True,
+    ),
     "shared": config(
         attention=attention(kv_heads=1, qkv_bias=True),
         moe=experts(shared_d_ff=18, shared_gate=True, scale=1.5),

@@ -14,7 +14,6 @@ import os
 from dataclasses import dataclass
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,17 +29,19 @@ __all__ = [
     "LEVELS",
     "Matrix",
     "PackedExpertWeights",
+    "check",
+    "crew",
     "expert_mlp",
     "grouped_linear",
     "level",
     "levels",
+    "library",
     "linear",
 ]
 
 LEVELS = ("portable", "avx2", "avx512", "amx")  # in the order of `enum level`
 LEVEL_VARIABLE = "MOIETY_CPU_LEVEL"
 ACTIVATIONS = {"none": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4, CLAMPED: 5}  # of `enum activation`
-ALIGN = 64
 
 
 class _CMatrix(ctypes.Structure):
@@ -70,29 +71,21 @@ def _kind(form: Format) -> int:
 
 
 @functools.cache
-def _library() -> ctypes.CDLL | None:
+def library() -> ctypes.CDLL | None:
     """The compiled kernels, or None where the package was built without a compiler."""
     folder = Path(__file__).parent
     found = [path for suffix in EXTENSION_SUFFIXES if (path := folder / f"_native{suffix}").is_file()]
     if not found:
         return None
-    library = ctypes.CDLL(str(found[0]))
+    kernels = ctypes.CDLL(str(found[0]))
     pointer, wide, small = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
-    library.moiety_best_level.restype = small
-    library.moiety_grouped_linear.restype = library.moiety_experts.restype = wide
-    library.moiety_grouped_linear.argtypes = [
-        pointer,
-        pointer,
-        wide,
-        wide,
-        pointer,
-        pointer,
-        pointer,
-        pointer,
-    ]
-    library.moiety_experts.argtypes = [pointer, pointer, small, small, ctypes.c_float, pointer, wide, wide]
-    library.moiety_experts.argtypes += [pointer, pointer, pointer, wide, pointer, pointer, pointer]
-    return library
+    kernels.moiety_best_level.restype = small
+    kernels.moiety_read.restype = kernels.moiety_multiply.restype = wide
+    kernels.moiety_grouped_linear.restype = kernels.moiety_experts.restype = small
+    kernels.moiety_grouped_linear.argtypes = [pointer, pointer, wide, wide, pointer, pointer, pointer]
+    kernels.moiety_experts.argtypes = [pointer, pointer, small, small, ctypes.c_float, pointer, wide, wide]
+    kernels.moiety_experts.argtypes += [pointer, pointer, pointer, wide, pointer, pointer]
+    return kernels
 
 
 @functools.cache
@@ -106,8 +99,8 @@ def _torch_threads() -> int:
 
 def levels() -> tuple[str, ...]:
     """Instruction sets that can be used here, the best last; none without the compiled kernels."""
-    library = _library()
-    return () if library is None else LEVELS[: library.moiety_best_level() + 1]
+    kernels = library()
+    return () if kernels is None else LEVELS[: kernels.moiety_best_level() + 1]
 
 
 @functools.cache
@@ -124,6 +117,11 @@ def level() -> str:
             hint="unset it to let the best be chosen",
         )
     return asked or (usable[-1] if usable else "")
+
+
+def crew() -> int:
+    """The address of who works: as many threads as torch uses now, at the level in use."""
+    return ctypes.addressof(_crew(torch.get_num_threads(), level()))
 
 
 @functools.cache
@@ -209,56 +207,57 @@ def _ready(x: Tensor) -> Tensor:
     return wide if wide.stride(-1) == 1 else wide.contiguous()
 
 
-def _scratch(size_bytes: int) -> tuple[Tensor, int]:
-    """Memory of at least this size and the address in it that starts a cache line."""
-    room = torch.empty(size_bytes + ALIGN, dtype=torch.uint8)
-    return room, -(-room.data_ptr() // ALIGN) * ALIGN
+def check(failed: int) -> None:
+    """Raise MemoryError where a kernel says that it found none."""
+    if failed:
+        raise MemoryError("no memory for the rows that are multiplied; give fewer at once")
 
 
-def _call(function: Any, arguments: list[Any], crew: _CCrew, place: int) -> None:
-    """Run a kernel: once to ask how much scratch it needs, once with it. `place` is where the scratch goes."""
-    arguments.append(ctypes.addressof(crew))
-    room, arguments[place] = _scratch(function(*arguments))
-    function(*arguments)
-    del room
-
-
-def grouped_linear(x_ND: Tensor, matrix: Matrix, counts_E: Tensor) -> Tensor:
-    """y = x W_e^T + b_e for rows sorted by expert: (N, D) to (N, F), in x's dtype."""
-    weight, name = matrix.weight, level()
+def grouped_linear(x_ND: Tensor, matrix: Matrix, counts_E: Tensor | None = None) -> Tensor:
+    """y = x W_e^T + b_e for rows sorted by expert, (N, D) to (N, F) in x's dtype; without counts for one expert."""
+    weight = matrix.weight
     assert not weight.interleaved and x_ND.shape[1] == weight.columns, (x_ND.shape, weight.columns)
-    if not name:
+    if not level():
+        counts_E = torch.tensor([len(x_ND)]) if counts_E is None else counts_E
         return reference.grouped_linear(x_ND.float(), matrix.unpacked(), counts_E, matrix.bias).to(x_ND.dtype)
-    rows_ND = _ready(x_ND)
+    assert counts_E is not None or weight.experts == 1, weight.experts
+    rows_ND, kernels = _ready(x_ND), library()
+    assert kernels is not None
     y_NF = torch.empty(len(x_ND), weight.rows)
-    arguments: list[Any] = [matrix.address, rows_ND.data_ptr(), len(rows_ND), rows_ND.stride(0)]
-    arguments += [counts_E.data_ptr(), y_NF.data_ptr(), None]
-    library = _library()
-    assert library is not None
-    _call(library.moiety_grouped_linear, arguments, _crew(torch.get_num_threads(), name), 6)
-    return y_NF.to(x_ND.dtype)
+    counts = None if counts_E is None else counts_E.data_ptr()
+    check(
+        kernels.moiety_grouped_linear(
+            matrix.address,
+            rows_ND.data_ptr(),
+            len(rows_ND),
+            rows_ND.stride(0),
+            counts,
+            y_NF.data_ptr(),
+            crew(),
+        )
+    )
+    return y_NF if x_ND.dtype == torch.float32 else y_NF.to(x_ND.dtype)
 
 
 def linear(x: Tensor, matrix: Matrix) -> Tensor:
     """y = x W^T + b, (..., D) to (..., F): the grouped linear of one expert."""
-    rows = x.reshape(-1, x.shape[-1])
-    return grouped_linear(rows, matrix, torch.tensor([len(rows)])).view(*x.shape[:-1], matrix.weight.rows)
+    return grouped_linear(x.reshape(-1, x.shape[-1]), matrix).view(*x.shape[:-1], matrix.weight.rows)
 
 
 def expert_mlp(x_TD: Tensor, routing: Routing, weights: PackedExpertWeights) -> Tensor:
     """y[token] += weight * expert(x[token]), in x's dtype; see `reference.expert_mlp`, which defines it."""
-    name = level()
-    if not name:
+    if not level():
         return reference.expert_mlp(x_TD.float(), routing, weights.unpacked()).to(x_TD.dtype)
-    rows_TD, up, down = _ready(x_TD), weights.up, weights.down
+    rows_TD, up, down, kernels = _ready(x_TD), weights.up, weights.down, library()
     assert x_TD.shape[1] == up.weight.columns and up.weight.interleaved == weights.gated, x_TD.shape
+    assert kernels is not None
     y_TD = torch.empty(len(x_TD), down.weight.rows)
     weight_N = routing.weight_N if routing.weight_N.dtype == torch.float32 else routing.weight_N.float()
-    arguments: list[Any] = [up.address, down.address, ACTIVATIONS[weights.activation], int(weights.gated)]
-    arguments += [weights.activation_limit, rows_TD.data_ptr(), len(rows_TD), rows_TD.stride(0)]
-    arguments += [routing.token_N.data_ptr(), weight_N.data_ptr(), routing.counts_E.data_ptr(), routing.pairs]
-    arguments += [y_TD.data_ptr(), None]
-    library = _library()
-    assert library is not None
-    _call(library.moiety_experts, arguments, _crew(torch.get_num_threads(), name), 13)
-    return y_TD.to(x_TD.dtype)
+    check(
+        kernels.moiety_experts(
+            up.address, down.address, ACTIVATIONS[weights.activation], weights.gated, weights.activation_limit,
+            rows_TD.data_ptr(), len(rows_TD), rows_TD.stride(0), routing.token_N.data_ptr(), weight_N.data_ptr(),
+            routing.counts_E.data_ptr(), routing.pairs, y_TD.data_ptr(), crew(),
+        )
+    )  # fmt: skip
+    return y_TD if x_TD.dtype == torch.float32 else y_TD.to(x_TD.dtype)

@@ -26,6 +26,9 @@ def chat(
     sampling: Annotated[SamplingOptions, Parameter(name="*")] = SamplingOptions(),
     backend: Annotated[str, Parameter(help="who multiplies the experts")] = "auto",
     experts_per_token: Annotated[int, Parameter(help="use this many; 0 is the model's own number")] = 0,
+    plain: Annotated[
+        bool, Parameter(negative="", help="one token after the other, without the engine")
+    ] = False,
     router: Annotated[str, Parameter(help="import this module:Class, which the model's config names")] = "",
 ) -> int:
     """Each line you type is answered; a model without a chat template continues it to the line's end.
@@ -40,7 +43,7 @@ def chat(
 
     import_own_routers(router)
     opened = open_model(path, backend=backend, experts_per_token=experts_per_token)
-    conversation = Conversation(opened, system=system, max_tokens=max_tokens, sampling=sampling)
+    conversation = Conversation(opened, system=system, max_tokens=max_tokens, sampling=sampling, plain=plain)
     console = talk()
     about = "" if conversation.has_format else "; the model continues text, it was not taught to answer"
     console.print(f"an empty line ends{about}")

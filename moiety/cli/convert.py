@@ -38,7 +38,7 @@ def convert(
         Parameter(help="where transformers departs from the authors' code: read as they, or as hf"),
     ] = "original",
     revision: Annotated[str, Parameter(help="of a model of the hub: branch, tag or commit")] = "",
-    tokenizer: Annotated[bool, Parameter(help="with the tokenizer; GGUF takes byte-level BPE only")] = True,
+    tokenizer: Annotated[bool, Parameter(help="with the tokenizer; GGUF takes BPE only")] = True,
     json: Annotated[bool, Parameter(negative="", help="print JSON")] = False,
 ) -> int:
     """Read SOURCE whole, then write TARGET in one step.

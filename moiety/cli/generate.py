@@ -1,74 +1,143 @@
-"""`moiety generate`: continue a prompt."""
+"""`moiety generate`: continue one prompt or several."""
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import time
-from collections.abc import Iterable, Iterator
-from typing import Annotated
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
 from moiety.cli.output import command, print_json, talk
 from moiety.cli.own import import_own_routers
-from moiety.infer.options import SamplingOptions
+from moiety.errors import UsageError
+from moiety.infer.options import EngineOptions, RequestOptions, SamplingOptions
+
+if TYPE_CHECKING:
+    from moiety.infer.open import Opened
 
 __all__ = ["app"]
 
-app = command("moiety generate", "Continue a prompt with a trained model.")
+app = command("moiety generate", "Continue prompts with a trained model.")
 
 
 @app.default
 def generate(
     path: str,
-    prompt: str = "",
     /,
-    *,
+    *prompts: str,
+    n: Annotated[int, Parameter(help="answers to each prompt, with seeds one apart")] = 1,
     max_tokens: Annotated[int, Parameter(help="most tokens to generate")] = 128,
+    stop: Annotated[tuple[str, ...], Parameter(help="texts that end an answer and are not part of it")] = (),
+    draft: Annotated[int, Parameter(help="most tokens to guess ahead from repetitions; 0 is off")] = 0,
     sampling: Annotated[SamplingOptions, Parameter(name="*")] = SamplingOptions(),
     backend: Annotated[str, Parameter(help="who multiplies the experts")] = "auto",
     experts_per_token: Annotated[int, Parameter(help="use this many; 0 is the model's own number")] = 0,
+    plain: Annotated[
+        bool, Parameter(negative="", help="one token after the other, without the engine")
+    ] = False,
     router: Annotated[str, Parameter(help="import this module:Class, which the model's config names")] = "",
     json: Annotated[bool, Parameter(negative="", help="print JSON")] = False,
 ) -> int:
-    """Print the prompt's continuation as it is drawn.
+    """Print the continuation as it is drawn; of several, each when all are done.
 
     Parameters
     ----------
     path
         A checkpoint folder, or a run folder, whose newest checkpoint is taken.
-    prompt
-        The text to continue; empty starts from nothing.
+    prompts
+        The texts to continue; none starts from nothing.
     """
-    from moiety.infer.generate import generate as tokens_of
     from moiety.infer.open import open_model
 
+    asked = [prompt for prompt in prompts or ("",) for _ in range(n)]
+    if n < 1 or (plain and (len(asked) > 1 or stop or draft)):
+        raise UsageError(
+            f"n is {n}, there are {len(asked)} answers to give"
+            + (", and --plain gives one" if plain else ""),
+            hint="n is at least 1; --plain takes one prompt, no --stop and no --draft",
+        )
+    request = RequestOptions(sampling=sampling, max_tokens=max_tokens, stop=stop)
     import_own_routers(router)
     opened = open_model(path, backend=backend, experts_per_token=experts_per_token)
-    ids = opened.tokenizer.encode(prompt) or [opened.tokenizer.end_id]
     begun = time.perf_counter()
-    stream = tokens_of(
-        opened.model, ids, max_tokens=max_tokens, sampling=sampling, end_id=opened.tokenizer.end_id
-    )
-    drawn: list[int] = []
-    for piece in opened.tokenizer.stream(_noted(stream, drawn)):
-        if not json:
-            sys.stdout.write(piece)
-            sys.stdout.flush()
-    seconds = time.perf_counter() - begun
-    text = opened.tokenizer.decode(drawn)
-    if json:
-        print_json(
-            {"prompt": prompt, "text": text, "tokens": len(drawn), "tokens_per_second": len(drawn) / seconds}
-        )
+    if len(asked) == 1:
+        pieces = _plain(opened, asked[0], request) if plain else _streamed(opened, asked[0], request, draft)
+        answers = [_shown(asked[0], pieces, silent=json)]
     else:
-        print()
-    talk().print(f"{len(drawn)} tokens, {len(drawn) / seconds:.1f} tokens/s")
+        answers = _several(opened, asked, n, request, draft)
+    seconds = time.perf_counter() - begun
+    drawn = sum(answer["tokens"] for answer in answers)
+    if json:
+        print_json(answers[0] | {"tokens_per_second": drawn / seconds} if len(answers) == 1 else answers)
+    elif len(answers) > 1:
+        print("\n".join(f"[{number}] {answer['text']}" for number, answer in enumerate(answers, start=1)))
+    talk().print(f"{drawn} tokens, {drawn / seconds:.1f} tokens/s")
     return 0
 
 
-def _noted(stream: Iterable[int], drawn: list[int]) -> Iterator[int]:
-    """The stream itself, each token also put into `drawn`."""
-    for token in stream:
-        drawn.append(token)
-        yield token
+def _ids(opened: Opened, prompt: str) -> list[int]:
+    return opened.tokenizer.encode(prompt) or [opened.tokenizer.end_id]
+
+
+def _plain(opened: Opened, prompt: str, request: RequestOptions) -> Iterator[tuple[int, str]]:
+    """Tokens drawn so far and the text that came with the last, by the definition."""
+    from moiety.infer.generate import generate as tokens_of
+    from moiety.model.tokenizer import TextStream
+
+    text, drawn = TextStream(opened.tokenizer), 0
+    stream = tokens_of(
+        opened.model, _ids(opened, prompt), max_tokens=request.max_tokens, sampling=request.sampling
+    )
+    for drawn, token in enumerate(stream, start=1):
+        yield drawn, text.push(token)
+        if token in opened.ends:
+            break
+    yield drawn, text.finish()
+
+
+def _streamed(opened: Opened, prompt: str, request: RequestOptions, draft: int) -> Iterator[tuple[int, str]]:
+    """The same by the engine."""
+    from moiety.infer.engine import Engine
+
+    options = EngineOptions(max_requests=1, draft=draft)
+    engine = Engine(opened.model, opened.tokenizer, ends=opened.ends, options=options)
+    for drawn, event in enumerate(engine.events(engine.submit(prompt, request)), start=1):
+        yield drawn, event.text
+
+
+def _shown(prompt: str, pieces: Iterator[tuple[int, str]], *, silent: bool) -> dict[str, Any]:
+    """What was answered, written out as it came."""
+    text, tokens = "", 0
+    for drawn, piece in pieces:
+        text, tokens = text + piece, drawn
+        if not silent:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+    if not silent:
+        print()
+    return {"prompt": prompt, "text": text, "tokens": tokens}
+
+
+def _several(
+    opened: Opened, prompts: list[str], n: int, request: RequestOptions, draft: int
+) -> list[dict[str, Any]]:
+    """All answers, worked on together."""
+    from moiety.infer.engine import Engine
+
+    engine = Engine(opened.model, opened.tokenizer, ends=opened.ends, options=EngineOptions(draft=draft))
+    seeds = [request.sampling.seed + number % n for number in range(len(prompts))]
+    options = [
+        dataclasses.replace(request, sampling=dataclasses.replace(request.sampling, seed=seed))
+        for seed in seeds
+    ]
+    results = engine.generate(prompts, options)
+    for result in results:
+        if result.reason == "error":
+            raise UsageError(result.error)
+    return [
+        {"prompt": prompt, "text": result.text, "tokens": len(result.tokens), "reason": result.reason}
+        for prompt, result in zip(prompts, results, strict=True)
+    ]

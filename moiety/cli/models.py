@@ -32,6 +32,9 @@ def models(*, json: Annotated[bool, Parameter(negative="", help="print JSON")] =
         columns.append("where")
         cells = [[*cell, row["source"]] for cell, row in zip(cells, counted, strict=True)]
     print_table(f"{len(counted)} open models; parameters as they are stored", columns, cells)
+    for row in counted:
+        if row.get("unknown"):
+            _wrapped(f"{row['name']}: unknown here: {row['unknown']}")
     for row in rows:
         if row["status"] == "counted only":
             _wrapped(f"{row['name']}: counted, not run yet: {row['why']}")
@@ -54,6 +57,7 @@ def _open() -> list[dict[str, Any]]:
                 "name": name,
                 "status": "open",
                 "source": entry.source,
+                "unknown": entry.unknown if isinstance(entry, registry.Decoder) else "",
                 "total": counts.total,
                 "active": counts.active,
                 "active_without_input_embedding": counts.active_without_input_embedding,

@@ -58,7 +58,7 @@ def why_so_many(name: str, config: Architecture) -> str:
     """Why a model called NxM has not N times M parameters; empty for any other model."""
     found = re.search(r"(?<![\d.])(\d+)x(\d+(?:\.\d+)?)b(?![a-z])", Path(name).name.lower())
     moe = config.moe
-    if found is None or moe is None or int(found[1]) != moe.experts:
+    if found is None or moe is None or int(found[1]) != moe.experts or moe.per_layer:
         return ""
     counts = cost.parameters(config)
     experts = counts.components["routed_experts"]

@@ -50,6 +50,7 @@ def params(name: str, /, *, json: Annotated[bool, Parameter(negative="", help="p
         "components": dict(counts.components),
         "active_components": dict(counts.active_components),
         "weight_gigabytes": {label: round(size, 3) for label, size in gigabytes.items()},
+        "per_layer": [] if config.moe is None else [list(one) for one in config.moe.per_layer],
         "why": why_so_many(name, config),
     }
     if isinstance(config, ModelConfig):
@@ -64,6 +65,9 @@ def params(name: str, /, *, json: Annotated[bool, Parameter(negative="", help="p
         percent = f"{100 * result[key] / counts.total:.2f} % of total, " if key == "active" else ""
         _line(label, f"{result[key]:,} ({percent}as {users} count)")
     _line("weights", ", ".join(f"{label} {size:,.2f} GB" for label, size in gigabytes.items()))
+    if config.moe is not None and config.moe.per_layer:
+        differ = ", ".join(f"{k} of {experts} in layer {layer}" for layer, experts, k in config.moe.per_layer)
+        _line("experts per token", f"{config.moe.experts_per_token} of {config.moe.experts}, but {differ}")
     if "kv_bytes_per_token" in result:
         _line("KV cache", f"{result['kv_bytes_per_token']:,} bytes per token in bf16")
     if result["why"]:

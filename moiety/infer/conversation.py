@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import final
 
 from moiety.errors import UsageError
+from moiety.infer.engine import Engine
 from moiety.infer.generate import generate
 from moiety.infer.open import Opened
-from moiety.infer.options import SamplingOptions
+from moiety.infer.options import EngineOptions, RequestOptions, SamplingOptions
 
 __all__ = ["Conversation"]
 
@@ -25,8 +26,10 @@ class Conversation:
         system: What the model is told first; needs a chat template.
         max_tokens: Most tokens in an answer.
         sampling: What to draw from.
+        plain: Generate one token after the other, without the engine.
 
     Raises:
+        ConfigError: a model that only plain generation can run.
         UsageError: `system` for a model without a chat template.
     """
 
@@ -37,8 +40,12 @@ class Conversation:
         system: str = "",
         max_tokens: int = 80,
         sampling: SamplingOptions | None = None,
+        plain: bool = False,
     ) -> None:
-        self._opened, self._max_tokens, self._sampling = opened, max_tokens, sampling
+        self._opened, self._max_tokens = opened, max_tokens
+        self._sampling = SamplingOptions() if sampling is None else sampling
+        one = EngineOptions(max_requests=1)
+        self._engine = None if plain else Engine(opened.model, ends=opened.ends, options=one)
         self._template = opened.tokenizer.chat_template
         if system and self._template is None:
             raise UsageError("this model has no chat template: there is no place for a system message")
@@ -62,14 +69,19 @@ class Conversation:
         self._turns.append({"role": "user", "content": line})
         self._text += line + "\n"
         ids = self._ids()
-        stream = generate(self._opened.model, ids, max_tokens=self._max_tokens, sampling=self._sampling)
-        pieces = self._opened.tokenizer.stream(_until(stream, self._opened.ends))
+        pieces = self._opened.tokenizer.stream(_until(self._stream(ids), self._opened.ends))
         said = ""
         for piece in pieces if self.has_format else _first_line(pieces):
             said += piece
             yield piece
         self._turns.append({"role": "assistant", "content": said})
         self._text += said + "\n"
+
+    def _stream(self, ids: Sequence[int]) -> Iterator[int]:
+        """Tokens after these; pages keep what was computed, so a turn costs its own tokens only."""
+        if self._engine is None:
+            return generate(self._opened.model, ids, max_tokens=self._max_tokens, sampling=self._sampling)
+        return self._engine.stream(ids, RequestOptions(max_tokens=self._max_tokens, sampling=self._sampling))
 
     def _ids(self) -> list[int]:
         """Tokens of what was said so far, as many as there is room for."""

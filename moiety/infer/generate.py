@@ -8,7 +8,7 @@ import torch
 
 from moiety.errors import UsageError
 from moiety.infer.options import SamplingOptions
-from moiety.infer.sampling import sample
+from moiety.infer.sampling import Draw, sample
 from moiety.model.context import KVCache
 from moiety.model.transformer import Transformer
 
@@ -52,13 +52,14 @@ def _tokens(
     model: Transformer, prompt: Sequence[int], max_tokens: int, sampling: SamplingOptions, end_id: int | None
 ) -> Iterator[int]:
     weight = model.embed.weight
-    generator = torch.Generator(device=weight.device).manual_seed(sampling.seed)
+    answer: list[int] = []
     cache = KVCache(model.config, 1, len(prompt) + max_tokens, dtype=weight.dtype, device=weight.device)
     fresh = torch.tensor([list(prompt)], device=weight.device)
     for _ in range(max_tokens):
         output = model(fresh, cache=cache)
-        token = int(sample(output.last_logits, sampling, generator))
+        token = int(sample(output.last_logits, [Draw(options=sampling, prompt=prompt, answer=answer)]))
         yield token
+        answer.append(token)
         if token == end_id:
             return
         fresh = torch.tensor([[token]], device=weight.device)

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from moiety.config import check_types, option, require
 
-__all__ = ["SamplingOptions"]
+__all__ = ["EngineOptions", "RequestOptions", "SamplingOptions"]
+
+MOST_BIASES, MOST_STOPS, LONGEST_STOP, MOST_LOGPROBS = 1024, 64, 1024, 100
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
-    """What to draw from. Temperature, then top-k, top-p and min-p, each on what the one before left."""
+    """What to draw from. Penalties change logits; then temperature, top-k, top-p and min-p, each on what
+    the one before left.
+    """
 
     temperature: float = option(0.8, help="divides the logits; 0 takes the best token every time")
     top_k: int = option(0, help="keep this many best tokens; 0 keeps all")
     top_p: float = option(1.0, help="keep the smallest set of best tokens with this much probability")
     min_p: float = option(0.0, help="keep tokens with at least this share of the best one's probability")
+    repetition_penalty: float = option(
+        1.0, help="divides positive logits of tokens in prompt or answer, multiplies negative ones"
+    )
+    presence_penalty: float = option(0.0, help="taken from the logit of every token in the answer")
+    frequency_penalty: float = option(0.0, help="taken once for each time that the token is in the answer")
     seed: int = option(0, help="seed of the draw")
 
     def __post_init__(self) -> None:
@@ -26,3 +36,90 @@ class SamplingOptions:
         require(self.top_k >= 0, f"top_k is {self.top_k}; it must not be negative")
         require(0 < self.top_p <= 1, f"top_p is {self.top_p}; allowed is above 0 to 1")
         require(0 <= self.min_p <= 1, f"min_p is {self.min_p}; allowed is 0 to 1")
+        penalty = self.repetition_penalty
+        require(0.01 <= penalty <= 100, f"repetition_penalty is {penalty}; allowed is 0.01 to 100")
+        for name in ("presence_penalty", "frequency_penalty"):
+            require(
+                abs(getattr(self, name)) <= 100, f"{name} is {getattr(self, name)}; allowed is -100 to 100"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestOptions:
+    """How one prompt is answered."""
+
+    sampling: SamplingOptions = field(default_factory=SamplingOptions, metadata={"help": "what to draw from"})
+    max_tokens: int = option(128, help="most tokens to draw")
+    min_tokens: int = option(0, help="before so many are drawn, nothing but max_tokens ends the answer")
+    stop: tuple[str, ...] = option((), help="texts that end the answer and are not part of it")
+    stop_ids: tuple[int, ...] = option((), help="tokens that end the answer, besides the model's own")
+    ignore_end: bool = option(False, help="the model's own end tokens end nothing")
+    logprobs: int | None = option(
+        None, help="ln p of every token drawn, and of this many best ones; none gives neither"
+    )
+    logit_bias: Mapping[int, float] = field(
+        default_factory=dict, metadata={"help": "added to the logits of these tokens"}
+    )
+    salt: str = option("", help="work on a prompt's start is shared only among requests of the same salt")
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        require(self.max_tokens >= 1, f"max_tokens is {self.max_tokens}; it must be positive")
+        require(self.min_tokens >= 0, f"min_tokens is {self.min_tokens}; it must not be negative")
+        require(
+            self.min_tokens <= self.max_tokens,
+            f"min_tokens is {self.min_tokens}, max_tokens is {self.max_tokens}",
+            "min_tokens may be at most max_tokens",
+        )
+        for name in ("stop", "stop_ids"):
+            count = len(getattr(self, name))
+            require(count <= MOST_STOPS, f"{name} has {count} entries; at most {MOST_STOPS} are allowed")
+        for text in self.stop:
+            length = len(text)
+            require(
+                0 < length <= LONGEST_STOP,
+                f"a stop text has {length} characters; allowed is 1 to {LONGEST_STOP}",
+            )
+        require(min(self.stop_ids, default=0) >= 0, f"stop_ids are {self.stop_ids}; tokens are not negative")
+        require(
+            self.logprobs is None or 0 <= self.logprobs <= MOST_LOGPROBS,
+            f"logprobs is {self.logprobs}; allowed is none or 0 to {MOST_LOGPROBS}",
+        )
+        biases = self.logit_bias
+        require(
+            len(biases) <= MOST_BIASES,
+            f"logit_bias has {len(biases)} tokens; at most {MOST_BIASES} are allowed",
+        )
+        for token, bias in biases.items():
+            require(token >= 0, f"logit_bias has token {token}; tokens are not negative")
+            require(abs(bias) <= 1000, f"logit_bias of token {token} is {bias}; allowed is -1000 to 1000")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """What an engine may use, and how it shares that among requests."""
+
+    kv_bytes: int = option(
+        0, help="bytes for keys and values; 0 is 1 GiB, or less where the longest sequences need less"
+    )
+    page_tokens: int = option(16, help="tokens of one page of keys and values, the unit of sharing")
+    max_positions: int = option(
+        0, help="longest sequence, prompt and answer together; 0 is the model's, or what 1 GiB holds"
+    )
+    step_tokens: int = option(512, help="most tokens that go through the model in one step")
+    max_requests: int = option(32, help="most requests that are worked on at the same time")
+    max_queue: int = option(1024, help="most requests that wait; one more is refused")
+    prefix_cache: bool = option(True, help="keep the work on a prompt's start for requests that begin alike")
+    draft: int = option(0, help="most tokens to guess ahead from repetitions in the text; 0 is off")
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        for name in ("kv_bytes", "max_positions", "draft"):
+            require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must not be negative")
+        for name in ("page_tokens", "step_tokens", "max_requests", "max_queue"):
+            require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be positive")
+        require(
+            self.step_tokens >= self.max_requests,
+            f"step_tokens is {self.step_tokens}, max_requests is {self.max_requests}",
+            "every request takes at least one token of a step: raise step_tokens or lower max_requests",
+        )

@@ -6,10 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moiety.backends import cpu_attention
 from moiety.backends.matmul import project
 from moiety.config import AttentionConfig
-from moiety.model.context import ForwardContext, Visible
+from moiety.model.context import ForwardContext, Visible, by_sequence
 from moiety.model.norm import RMSNorm, unit_length
+from moiety.model.paged import PagedStep
 from moiety.model.rope import rotate
 
 __all__ = ["Attention", "Layer", "attend", "scaled_queries"]
@@ -43,15 +45,18 @@ class Layer:
         """Which keys the new tokens see here."""
         return context.window if self.windowed else context.everything
 
+    def query_factor(self, context: ForwardContext, dtype: torch.dtype) -> Tensor:
+        """What queries are multiplied by at each position, (S,)."""
+        steps_S = ((context.positions_S.to(dtype) + 1) / self.query_scale_floor).floor()
+        return 1 + self.query_scale * steps_S.log1p()
+
 
 def scaled_queries(q_BHSd: Tensor, layer: Layer, context: ForwardContext) -> Tensor:
     """Queries that grow with their position, in layers that do not rotate (arXiv 2501.19399)."""
     if layer.query_scale == 0:
         return q_BHSd
     wide = torch.promote_types(q_BHSd.dtype, torch.float32)
-    steps_S = ((context.positions_S.to(wide) + 1) / layer.query_scale_floor).floor()
-    factor_S1 = (1 + layer.query_scale * steps_S.log1p())[:, None]
-    return (q_BHSd * factor_S1).to(q_BHSd.dtype)
+    return (q_BHSd * layer.query_factor(context, wide)[:, None]).to(q_BHSd.dtype)
 
 
 def attend(
@@ -171,9 +176,51 @@ class Attention(nn.Module):
         return x.clamp(-self.clip, self.clip) if self.clip else x
 
     def forward(self, x_BSD: Tensor, context: ForwardContext) -> Tensor:
-        """(B, S, D) to (B, S, D); keys and values go to `context.cache` when there is one."""
+        """(B, S, D) to (B, S, D); keys and values go to the context's cache when there is one."""
+        qkv, paged = project(x_BSD, self.qkv), context.paged
+        if paged is not None and paged.choice(qkv, self.head_dim).name == "cpu":
+            return project(self._paged(qkv, paged, context), self.out)
+        return project(by_sequence(self._mixed, context, qkv), self.out)
+
+    def _weights(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        if self.q_norm is None or self.k_norm is None:
+            return None, None, self.sinks
+        return self.q_norm.weight, self.k_norm.weight, self.sinks
+
+    def _paged(self, qkv: Tensor, step: PagedStep, context: ForwardContext) -> Tensor:
+        """`_mixed` of all sequences at once, by the compiled kernel."""
+        layer, pool, weights = self.layer, step.pool, self._weights()
+        known, addresses = (
+            pool.prepared.get(layer.number),
+            tuple(None if w is None else w.data_ptr() for w in weights),
+        )
+        factor_T = layer.query_factor(context, torch.float32) if layer.query_scale else None
+        ragged = step.ragged(context.rotary, factor_T)
+        if known is None or known.made_from != addresses:
+            unit = self.norm == "l2_rotated" and not layer.rotates
+            known = pool.prepared[layer.number] = cpu_attention.PagedLayer(
+                pool.keys[layer.number],
+                pool.values[layer.number],
+                heads=self.heads,
+                head_dim=self.head_dim,
+                pairs=ragged.pairs if layer.rotates else 0,
+                interleaved=layer.interleaved,
+                norm="none" if unit else self.norm,
+                weights=weights,
+                norm_eps=self.norm_eps,
+                clip=self.clip,
+                scale=self.head_dim**-0.5 if self.scale is None else self.scale,
+                cap=self.cap,
+                window=context.windows[0] or 0 if layer.windowed else 0,
+                chunked=context.windows[1],
+                factored=factor_T is not None,
+            )
+        return cpu_attention.attention(known, ragged, qkv)
+
+    def _mixed(self, context: ForwardContext, qkv: Tensor) -> Tensor:
+        """What the heads answer, (B, S, H * head_dim)."""
         q_width, kv_width = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        q, k, v = project(x_BSD, self.qkv).split((q_width, kv_width, kv_width), dim=-1)
+        q, k, v = qkv.split((q_width, kv_width, kv_width), dim=-1)
         q_BHSd = self._heads(q, self.heads, self.q_norm, context)
         q_BHSd = scaled_queries(q_BHSd, self.layer, context)
         k_BHSd = self._heads(k, self.kv_heads, self.k_norm, context)
@@ -182,4 +229,4 @@ class Attention(nn.Module):
             k_BHSd, v_BHSd = context.cache.extend(self.layer.number, k_BHSd, v_BHSd)
         seen = self.layer.visible(context)
         y_BHSd = attend(q_BHSd, k_BHSd, v_BHSd, seen, scale=self.scale, cap=self.cap, sinks_H=self.sinks)
-        return project(y_BHSd.transpose(1, 2).flatten(2), self.out)
+        return y_BHSd.transpose(1, 2).flatten(2)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moiety import cost, storage
 from moiety.config import ModelConfig
@@ -189,7 +189,7 @@ def _is_tiles(folder: Path) -> bool:
     return isinstance(said, dict) and said.get("quant_method") == "moiety"
 
 
-def size_bytes(model: Transformer, dtype: torch.dtype | None = None) -> int:
+def size_bytes(model: nn.Module, dtype: torch.dtype | None = None) -> int:
     """Bytes of the weights on disk."""
     return sum(
         tensor.numel() * _stored_dtype(name, tensor.dtype, dtype).itemsize

@@ -5,8 +5,9 @@ Passed by hand down the model; nothing is set around a call.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -14,10 +15,11 @@ from torch import Tensor
 
 from moiety.config import ModelConfig
 from moiety.errors import UsageError
-from moiety.model.rope import rotary_table
+from moiety.model.paged import PagedSequence, PagedStep
+from moiety.model.rope import depends_on_length, rotary_table
 from moiety.routing import Routing
 
-__all__ = ["ForwardContext", "KVCache", "Visible", "forward_context", "visible"]
+__all__ = ["ForwardContext", "KVCache", "Visible", "by_sequence", "forward_context", "visible"]
 
 
 class KVCache:
@@ -130,6 +132,8 @@ class ForwardContext:
         everything: Which keys they see in layers without a window.
         window: Which keys they see in layers with one.
         cache: Earlier keys and values, or None.
+        paged: Tokens of several sequences in one row instead; then `everything` and `window` are in `parts`.
+        windows: The window in tokens and whether it is a chunk, for `parts`.
         valid_BS: False for padding, which must stand at the end of a sequence; None when all tokens are real.
         pinned: For some layers the routing to repeat.
         tokens_BS: The token ids, which some routers look at.
@@ -142,9 +146,11 @@ class ForwardContext:
     rotary: tuple[Tensor, Tensor]
     everything: Visible
     window: Visible
-    cache: KVCache | None
+    cache: KVCache | PagedSequence | None
     valid_BS: Tensor | None
     pinned: Mapping[int, Routing]
+    paged: PagedStep | None = None
+    windows: tuple[int | None, bool] = (None, False)
     tokens_BS: Tensor | None = None
     cost: Mapping[int, Tensor] = field(default_factory=dict)
     step: int | None = None
@@ -154,12 +160,62 @@ class ForwardContext:
         """The seed of one layer."""
         return None if self.seed is None else self.seed + 7919 * layer
 
+    @functools.cached_property
+    def parts(self) -> tuple[tuple[slice, ForwardContext], ...]:
+        """Rows of each sequence of a paged step, and what its tokens know."""
+        assert self.paged is not None
+        return tuple(
+            (
+                one.rows,
+                replace(
+                    self,
+                    positions_S=self.positions_S[one.rows],
+                    rotary=(self.rotary[0][one.rows], self.rotary[1][one.rows]),
+                    everything=visible(one.start, one.count, None, False),
+                    window=visible(one.start, one.count, *self.windows),
+                    cache=one,
+                    paged=None,
+                ),
+            )
+            for one in self.paged.sequences
+        )
+
+
+def by_sequence(compute: Callable[..., Tensor], context: ForwardContext, *x: Tensor) -> Tensor:
+    """What `compute(context, *x)` makes of tensors (B, S, ...): at once, or of a paged step's sequences one by one."""
+    if context.paged is None:
+        return compute(context, *x)
+    return torch.cat([compute(part, *(one[:, rows] for one in x)) for rows, part in context.parts], dim=1)
+
+
+def _rotary(
+    config: ModelConfig, positions_S: Tensor, lengths: list[int], counts: list[int]
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the positions of one sequence after the other, each stretched as its own length asks."""
+    attention = config.attention
+    rotary_dim = attention.rotary_dim if attention.mla is None else attention.mla.rope_dim
+    if not depends_on_length(attention.rope):
+        lengths, counts = [0], [len(positions_S)]
+    tables = [
+        rotary_table(
+            part_S,
+            rotary_dim,
+            attention.rope_theta,
+            attention.rope,
+            length=length,
+            max_positions=config.max_positions,
+        )
+        for part_S, length in zip(positions_S.split(counts), lengths, strict=True)
+    ]
+    cos, sin = zip(*tables, strict=True)
+    return tables[0] if len(tables) == 1 else (torch.cat(cos), torch.cat(sin))
+
 
 def forward_context(
     config: ModelConfig,
     tokens_BS: Tensor,
     *,
-    cache: KVCache | None = None,
+    cache: KVCache | PagedStep | None = None,
     valid_BS: Tensor | None = None,
     pinned: Mapping[int, Routing] | None = None,
     cost: Mapping[int, Tensor] | None = None,
@@ -168,25 +224,28 @@ def forward_context(
 ) -> ForwardContext:
     """What the blocks of a model of this config need to know about these tokens; see `Transformer.forward`."""
     attention, device = config.attention, tokens_BS.device
-    start, positions = 0 if cache is None else cache.length, tokens_BS.shape[1]
-    positions_S = torch.arange(start, start + positions, device=device)
-    everything = visible(start, positions, None, False, device)
-    windowed = everything
-    if attention.window is not None:
-        windowed = visible(start, positions, attention.window, attention.chunked, device)
+    paged = cache if isinstance(cache, PagedStep) else None
+    earlier = cache if isinstance(cache, KVCache) else None
+    start, positions = 0 if earlier is None else earlier.length, tokens_BS.shape[1]
+    everything = windowed = Visible(0, None)
+    if paged is not None:
+        positions_S = paged.positions()
+        lengths = [one.start + one.count for one in paged.sequences]
+        counts = [one.count for one in paged.sequences]
+    else:
+        positions_S = torch.arange(start, start + positions, device=device)
+        lengths, counts = [start + positions], [positions]
+        everything = windowed = visible(start, positions, None, False, device)
+        if attention.window is not None:
+            windowed = visible(start, positions, attention.window, attention.chunked, device)
     return ForwardContext(
         positions_S=positions_S,
-        rotary=rotary_table(
-            positions_S,
-            attention.rotary_dim if attention.mla is None else attention.mla.rope_dim,
-            attention.rope_theta,
-            attention.rope,
-            length=start + positions,
-            max_positions=config.max_positions,
-        ),
+        rotary=_rotary(config, positions_S, lengths, counts),
         everything=everything,
         window=windowed,
-        cache=cache,
+        cache=earlier,
+        paged=paged,
+        windows=(attention.window, attention.chunked),
         valid_BS=valid_BS,
         pinned=pinned or {},
         tokens_BS=tokens_BS,

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
 import torch
 
 from moiety import storage
-from moiety.errors import FormatError
+from moiety.errors import FormatError, UsageError
 from moiety.model import checkpoint, gguf, hub
-from moiety.model.families import FamilyChoice
+from moiety.model.load import is_switch, load
+from moiety.model.switch import SwitchTransformer
+from moiety.model.switch_files import MODEL_TYPE, write_switch
 from moiety.model.template import ChatTemplate
 from moiety.model.tokenizer import Tokenizer
 from moiety.model.transformer import Transformer
 
-__all__ = ["convert", "read_tokenizer", "save_beside"]
+__all__ = ["convert", "end_tokens", "read_tokenizer", "save_beside"]
 
 # What stands beside the weights in the layout of transformers, and is taken over as it is.
 BESIDE = (
@@ -26,6 +29,7 @@ BESIDE = (
     "generation_config.json",
     "merges.txt",
     "special_tokens_map.json",
+    "spiece.model",
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
@@ -55,7 +59,7 @@ def convert(
         dtype: Of the weights in "hf"; None keeps each as it is.
         match: As of `checkpoint.load`.
         revision: On the hub.
-        with_tokenizer: From folder to folder its files are copied; into or out of a GGUF it must be byte-level BPE.
+        with_tokenizer: From folder to folder its files are copied; into or out of a GGUF it must be a BPE one.
 
     Returns:
         What it was written as, in words.
@@ -64,26 +68,34 @@ def convert(
         FormatError, ConfigError, StorageError, UsageError, DependencyError: as of the loader and of the writer.
     """
     place = hub.resolve(source, revision=revision)
-    model = checkpoint.load(place, match=match)
+    if form == "gguf" and is_switch(place):
+        raise UsageError(
+            f"{source} is a Switch Transformer, and GGUF has no architecture for an encoder-decoder with experts",
+            hint="convert it to another dtype with --to hf --dtype bf16",
+        )
+    model = load(place, match=match)
     if form == "gguf":
+        assert isinstance(model, Transformer), type(model)
         tokenizer = read_tokenizer(place) if with_tokenizer else None
         template = (
             None if tokenizer is None or tokenizer.chat_template is None else tokenizer.chat_template.text
         )
-        name = gguf.save_gguf(model, target, kind=kind, tokenizer=tokenizer, chat_template=template)
+        ends = () if tokenizer is None else end_tokens(place)
+        name = gguf.save_gguf(
+            model, target, kind=kind, tokenizer=tokenizer, chat_template=template, ends=ends
+        )
         return f"{name} in {kind}"
-    choice = save_beside(model, place, target, dtype=dtype, with_tokenizer=with_tokenizer)
-    return f"{choice.family.model_type} ({choice.reason})"
+    return save_beside(model, place, target, dtype=dtype, with_tokenizer=with_tokenizer)
 
 
 def save_beside(
-    model: Transformer,
+    model: Transformer | SwitchTransformer,
     source: Path,
     target: str | Path,
     *,
     dtype: torch.dtype | None = None,
     with_tokenizer: bool = True,
-) -> FamilyChoice:
+) -> str:
     """Write a model to a folder, with the tokenizer and the end tokens of the folder or GGUF that it came from.
 
     Raises:
@@ -92,22 +104,28 @@ def save_beside(
     copies = source.is_dir()
     tokenizer = read_tokenizer(source) if with_tokenizer and not copies else None
     with storage.new_folder(target, needed_bytes=checkpoint.size_bytes(model, dtype) + (1 << 24)) as folder:
-        choice = checkpoint.write_model(folder, model, tokenizer=tokenizer, dtype=dtype)
+        if isinstance(model, SwitchTransformer):
+            write_switch(folder, model, dtype=dtype)
+            done = MODEL_TYPE
+        else:
+            choice = checkpoint.write_model(folder, model, tokenizer=tokenizer, dtype=dtype)
+            done = f"{choice.family.model_type} ({choice.reason})"
         if copies:
             _keep_beside(source, folder, BESIDE if with_tokenizer else ("generation_config.json",))
-    return choice
+        elif tokenizer is not None:
+            _note_ends(folder, [tokenizer.end_id, *end_tokens(source)])
+    return done
 
 
 def read_tokenizer(place: Path) -> Tokenizer:
     """The tokenizer of a checkpoint folder or of a GGUF file, with its chat template.
 
     Raises:
-        FormatError: there is none, it is damaged, or it is not byte-level BPE.
+        FormatError: there is none, it is damaged, or it is not BPE.
     """
     if place.is_dir():
         return Tokenizer.load(place)
     tokenizer = gguf.read_tokenizer(place)
-    tokenizer.special_tokens = gguf.read_special_tokens(place)
     text = gguf.read_chat_template(place)
     if text is not None:
         tokenizer.chat_template = ChatTemplate(
@@ -116,16 +134,43 @@ def read_tokenizer(place: Path) -> Tokenizer:
     return tokenizer
 
 
+def end_tokens(place: Path) -> tuple[int, ...]:
+    """The tokens that end an answer by `generation_config.json`, or in a GGUF besides its end token.
+
+    Raises:
+        FormatError: they are no tokens.
+    """
+    if not place.is_dir():
+        return gguf.read_ends(place)
+    if not (place / "generation_config.json").is_file():
+        return ()
+    file = storage.inside(place, "generation_config.json")
+    named = storage.read_json(file).get("eos_token_id")
+    named = named if isinstance(named, list) else [] if named is None else [named]
+    if not all(isinstance(token, int) and not isinstance(token, bool) for token in named):
+        raise FormatError(f"{file} has eos_token_id {named!r:.80}; allowed is a token or a list of them")
+    return tuple(named)
+
+
+def _note_ends(folder: Path, ends: Sequence[int]) -> None:
+    """Put several end tokens into a folder that is being filled."""
+    for name in ("config.json", "generation_config.json") if len(ends) > 1 else ():
+        _note(folder / name, {"eos_token_id": list(ends)})
+
+
 def _keep_beside(source: Path, folder: Path, names: tuple[str, ...]) -> None:
     """Files beside the weights, and the end tokens, of one checkpoint folder into another that is being filled."""
     for name in names:
         if (source / name).is_file():
             shutil.copyfile(storage.inside(source, name), folder / name)
     theirs = storage.read_json(storage.inside(source, "config.json"))
-    ours = storage.read_json(folder / "config.json")
-    ids = {key: theirs[key] for key in IDS if key in theirs}
+    _note(folder / "config.json", {key: theirs[key] for key in IDS if key in theirs})
+
+
+def _note(file: Path, ids: Mapping[str, object]) -> None:
+    """Put token ids into a file of a folder that is being filled."""
     try:
-        text = json.dumps({**ours, **ids}, indent=2, allow_nan=False)
+        text = json.dumps({**storage.read_json(file), **ids}, indent=2, allow_nan=False)
     except ValueError as error:
-        raise FormatError(f"{source / 'config.json'} has token ids that are none: {ids}") from error
-    (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+        raise FormatError(f"{file.name} has token ids that are none: {ids}") from error
+    file.write_text(text + "\n", encoding="utf-8")

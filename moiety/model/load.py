@@ -12,7 +12,7 @@ from moiety.model.families import Match
 from moiety.model.switch import SwitchTransformer
 from moiety.model.transformer import Transformer
 
-__all__ = ["load"]
+__all__ = ["is_switch", "load"]
 
 
 def load(
@@ -29,8 +29,14 @@ def load(
     Args and errors are those of `moiety.model.checkpoint.load`.
     """
     place = hub.resolve(path, revision=revision)
-    if not checkpoint.is_gguf(place) and (place / "config.json").is_file():
-        values = storage.read_json(storage.inside(place, "config.json"))
-        if values.get("model_type") == switch_files.MODEL_TYPE:
-            return switch_files.load_switch(place, backend=backend, dtype=dtype)
+    if is_switch(place):
+        return switch_files.load_switch(place, backend=backend, dtype=dtype)
     return checkpoint.load(place, backend=backend, dtype=dtype, match=match, packed=packed)
+
+
+def is_switch(place: Path) -> bool:
+    """True for the folder of a Switch Transformer, by its `config.json`."""
+    if checkpoint.is_gguf(place) or not (place / "config.json").is_file():
+        return False
+    values = storage.read_json(storage.inside(place, "config.json"))
+    return values.get("model_type") == switch_files.MODEL_TYPE

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from moiety.backends.matmul import project
 from moiety.config import AttentionConfig
 from moiety.model.attention import Layer, attend, scaled_queries
-from moiety.model.context import ForwardContext
+from moiety.model.context import ForwardContext, by_sequence
 from moiety.model.norm import RMSNorm
 from moiety.model.rope import softmax_factor
 
@@ -58,21 +58,27 @@ class LatentAttention(nn.Module):
         return project(self.q_a_norm(project(x_BSD, self.q_a)), self.q_b)
 
     def forward(self, x_BSD: Tensor, context: ForwardContext) -> Tensor:
-        """(B, S, D) to (B, S, D); latents and rotary keys go to `context.cache` when there is one."""
-        q_BHSd = self._queries(x_BSD).unflatten(-1, (self.heads, self.nope + self.rope)).transpose(1, 2)
+        """(B, S, D) to (B, S, D); latents and rotary keys go to the context's cache when there is one."""
+        if context.paged is not None:
+            context.paged.choice(x_BSD, self.rank)  # says that torch does it
+        y_BSD = by_sequence(self._mixed, context, self._queries(x_BSD), project(x_BSD, self.kv_a))
+        return project(y_BSD, self.out)
+
+    def _mixed(self, context: ForwardContext, q: Tensor, kept: Tensor) -> Tensor:
+        """What the heads answer to queries, latents and rotary keys, (B, S, H * value)."""
+        latent_BSR, k_rope = kept.split((self.rank, self.rope), dim=-1)
+        q_BHSd = q.unflatten(-1, (self.heads, self.nope + self.rope)).transpose(1, 2)
         q_nope, q_rope = q_BHSd.split((self.nope, self.rope), dim=-1)
         q_rope = self.layer.rotated(q_rope, context)
-        latent_BSR, k_rope = project(x_BSD, self.kv_a).split((self.rank, self.rope), dim=-1)
         k_rope = self.layer.rotated(k_rope[:, None], context)
         kept_B1Kd = torch.cat([self.kv_a_norm(latent_BSR)[:, None], k_rope], dim=-1)
         absorbs = False
         if context.cache is not None:
             (kept_B1Kd,) = context.cache.extend(self.layer.number, kept_B1Kd)
-            kept_B1Kd = kept_B1Kd.to(x_BSD.dtype)
-            absorbs = self._absorbing_is_less_work(x_BSD.shape[1], kept_B1Kd.shape[2])
+            kept_B1Kd = kept_B1Kd.to(q.dtype)
+            absorbs = self._absorbing_is_less_work(q.shape[1], kept_B1Kd.shape[2])
         compute = self._absorbed if absorbs else self._expanded
-        y_BHSd = compute(q_nope, q_rope, kept_B1Kd, context)
-        return project(y_BHSd.transpose(1, 2).flatten(2), self.out)
+        return compute(q_nope, q_rope, kept_B1Kd, context).transpose(1, 2).flatten(2)
 
     def _absorbing_is_less_work(self, positions: int, keys: int) -> bool:
         """Multiply-adds of one head and sequence, either way."""

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from moiety.config import RopeConfig
 from moiety.errors import ConfigError
 
-__all__ = ["check_rope", "frequencies", "rotary_table", "rotate", "softmax_factor"]
+__all__ = ["check_rope", "depends_on_length", "frequencies", "rotary_table", "rotate", "softmax_factor"]
 
 
 def check_rope(rope: RopeConfig | None, rotary_dim: int, theta: float) -> None:
@@ -49,6 +49,11 @@ def check_rope(rope: RopeConfig | None, rotary_dim: int, theta: float) -> None:
             )
     if rope.original_positions == 1 and rope.factor > 1:
         raise ConfigError("rope of kind 'longrope' divides by ln(original_positions), which is 0 for 1")
+
+
+def depends_on_length(rope: RopeConfig | None) -> bool:
+    """True where a sequence's frequencies change as it grows."""
+    return rope is not None and rope.kind in ("dynamic", "longrope")
 
 
 def frequencies(

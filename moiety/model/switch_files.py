@@ -26,7 +26,16 @@ from moiety.model.switch import SwitchTransformer
 from moiety.model.tensor_file import Entry
 from moiety.model.tokenizer import Tokenizer
 
-__all__ = ["MODEL_TYPE", "Part", "load_switch", "parts", "read_config", "save_switch", "write_config"]
+__all__ = [
+    "MODEL_TYPE",
+    "Part",
+    "load_switch",
+    "parts",
+    "read_config",
+    "save_switch",
+    "write_config",
+    "write_switch",
+]
 
 MODEL_TYPE = "switch_transformers"
 ANY_NUMBER = 2**31 - 1  # as expert_capacity: more than any sequence has
@@ -475,7 +484,23 @@ def save_switch(
         StorageError: the system refused; a checkpoint that was there still is.
         UsageError: the tokenizer does not fit the model, or a dtype that weights cannot have.
     """
-    layout.check_dtype(dtype)
+    needed_bytes = sum(entry.size_bytes for entry in _entries(model, dtype).values()) + (1 << 16)
+    with storage.new_folder(path, needed_bytes=needed_bytes) as folder:
+        write_switch(
+            folder, model, tokenizer=tokenizer, extra=extra, dtype=dtype, max_shard_bytes=max_shard_bytes
+        )
+
+
+def write_switch(
+    folder: Path,
+    model: SwitchTransformer,
+    *,
+    tokenizer: Tokenizer | None = None,
+    extra: Mapping[str, object] | None = None,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = layout.SHARD_BYTES,
+) -> None:
+    """Fill a folder from `storage.new_folder`; arguments and errors as for `save_switch`."""
     if tokenizer is not None and tokenizer.vocab_size > model.config.vocab_size:
         raise UsageError(
             f"the tokenizer has {tokenizer.vocab_size} tokens, the model {model.config.vocab_size}",
@@ -487,18 +512,17 @@ def save_switch(
     kinds = [entry.dtype for entry in entries.values()]
     stored_as = str(max(set(kinds), key=kinds.count)).removeprefix("torch.")
     config = {**write_config(model.config), **special, "dtype": stored_as, "torch_dtype": stored_as}
-    needed_bytes = sum(entry.size_bytes for entry in entries.values()) + (1 << 16)
-    with storage.new_folder(path, needed_bytes=needed_bytes) as folder:
-        layout.write_json(folder / "config.json", config)
-        layout.write_json(folder / "generation_config.json", special)
-        if extra is not None:
-            layout.write_json(folder / layout.EXTRA, dict(extra))
-        if tokenizer is not None:
-            tokenizer.save(folder)
-        layout.write_shards(folder, entries, max_shard_bytes)
+    layout.write_json(folder / "config.json", config)
+    layout.write_json(folder / "generation_config.json", special)
+    if extra is not None:
+        layout.write_json(folder / layout.EXTRA, dict(extra))
+    if tokenizer is not None:
+        tokenizer.save(folder)
+    layout.write_shards(folder, entries, max_shard_bytes)
 
 
 def _entries(model: SwitchTransformer, dtype: torch.dtype | None) -> dict[str, Entry]:
+    layout.check_dtype(dtype)
     state = model.state_dict()
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     entries: dict[str, Entry] = {}

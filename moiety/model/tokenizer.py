@@ -1,4 +1,4 @@
-"""Byte-level BPE: trained in seconds, exact on every text, loadable by transformers.
+"""Byte-level BPE: trained in seconds, exact on every text, loadable by transformers. SentencePiece's BPE is read too.
 
 Every token is a string of bytes, so the number of UTF-8 bytes behind any tokens is known exactly and
 bits per byte needs no estimate. Digits are tokens of their own, because arithmetic on arbitrary
@@ -17,16 +17,17 @@ from pathlib import Path
 from typing import Any, final
 
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from moiety.errors import ConfigError, DataError, FormatError, StorageError
 from moiety.model.template import ChatTemplate, special_tokens
 from moiety.storage import write_atomically
 
-__all__ = ["END_OF_TEXT", "TextStream", "Tokenizer", "train_tokenizer"]
+__all__ = ["END_OF_TEXT", "TextStream", "Tokenizer", "put_before", "train_tokenizer"]
 
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST_VOCABULARY = 257
+SPACE, ONE_BYTE = "▁", re.compile(r"<0x([0-9A-F]{2})>")  # of SentencePiece: a space, and a byte by itself
 
 
 def train_tokenizer(
@@ -82,23 +83,41 @@ def _token_bytes(inner: tokenizers.Tokenizer) -> tuple[bytes, ...]:
     """What each token writes: its bytes; for a special token nothing.
 
     Raises:
-        FormatError: the vocabulary is not byte-level.
+        FormatError: the vocabulary is neither byte-level nor SentencePiece's.
     """
-    byte_of = _bytes_of_characters()
+    byte_of, pieces = _bytes_of_characters(), inner.model.byte_fallback
     vocabulary = inner.get_vocab(with_added_tokens=True)
+    missing = [f"<0x{byte:02X}>" for byte in range(256) if f"<0x{byte:02X}>" not in vocabulary]
+    if pieces and missing:
+        raise FormatError(
+            f"the vocabulary falls back on bytes, but lacks {missing[0]}",
+            hint="without all 256 not every text has tokens",
+        )
     written = [b""] * (max(vocabulary.values(), default=-1) + 1)
     added = inner.get_added_tokens_decoder()
     for piece, token in vocabulary.items():
         if token in added:
-            written[token] = b"" if added[token].special else piece.encode()
+            plain = piece.replace(SPACE, " ") if pieces else piece
+            written[token] = b"" if added[token].special else plain.encode()
+        elif pieces:
+            byte = ONE_BYTE.fullmatch(piece)
+            written[token] = bytes.fromhex(byte[1]) if byte else piece.replace(SPACE, " ").encode()
         elif all(character in byte_of for character in piece):
             written[token] = bytes(byte_of[character] for character in piece)
         else:
             raise FormatError(
                 f"token {token} is {piece!r}, which is not made of bytes; allowed is byte-level BPE",
-                hint="SentencePiece vocabularies are not supported",
+                hint="or a BPE vocabulary of SentencePiece with byte_fallback",
             )
     return tuple(written)
+
+
+def put_before(inner: tokenizers.Tokenizer, token: str | None) -> None:
+    """Note in a vocabulary which token programs put before a text; None notes that they put nothing around it."""
+    added = [] if token is None else [(token, inner.token_to_id(token))]
+    inner.post_processor = processors.TemplateProcessing(
+        single=[*(name for name, _ in added), "$A"], pair=None, special_tokens=added
+    )
 
 
 def _read_json(path: Path) -> tuple[str, dict[str, Any]]:
@@ -136,7 +155,7 @@ def _end_token(folder: Path, vocabulary: dict[str, int]) -> str:
 
 @final
 class Tokenizer:
-    """A byte-level BPE vocabulary with an end token.
+    """A byte-level BPE vocabulary with an end token, or one of SentencePiece with bytes to fall back on.
 
     `encode` never yields the end token: the letters of `<|endoftext|>` in a text stay letters.
 
@@ -188,7 +207,11 @@ class Tokenizer:
         except Exception as error:  # the library raises the bare class, never a subclass
             raise FormatError(f"{file} is not a tokenizer: {error}", hint="write it again") from error
         config_path = file.parent / "tokenizer_config.json"
-        named = special_tokens(_read_json(config_path)[1]) if config_path.exists() else {}
+        config = _read_json(config_path)[1] if config_path.exists() else {}
+        named, begin = special_tokens(config), config.get("add_bos_token")
+        bos = inner.token_to_id(named.get("bos_token", ""))
+        if isinstance(begin, bool) and bos is not None and begin != (inner.encode("").ids[:1] == [bos]):
+            put_before(inner, named["bos_token"] if begin else None)
         return cls(
             inner,
             end_token=_end_token(file.parent, inner.get_vocab(with_added_tokens=True)),
@@ -205,6 +228,19 @@ class Tokenizer:
     def fingerprint(self) -> str:
         """sha256 of the whole tokenizer: equal means equal tokens for every text."""
         return hashlib.sha256(f"{self.end_token}\n{self._inner.to_str()}".encode()).hexdigest()
+
+    @property
+    def adds_space(self) -> bool:
+        """True where the tokens of a text begin with a space that is not in it, as SentencePiece has them.
+
+        `decode` and `stream` keep that space: they cannot know whether tokens begin a text or go on with one.
+        """
+        return self.bytes_of(self.encode("a")) == b" a"
+
+    @property
+    def around(self) -> tuple[int, ...]:
+        """Tokens that `tokenizer.json` wants around a text, mostly one before it or none; `encode` adds none."""
+        return tuple(self._inner.encode("", add_special_tokens=True).ids)
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a text; nothing is added before or after."""
@@ -251,7 +287,10 @@ class Tokenizer:
             yield rest
 
     def byte_counts(self) -> list[int]:
-        """Bytes that each token writes, by token: the sum over a text's tokens is its size in UTF-8."""
+        """Bytes that each token writes, by token: the sum over a text's tokens is its size in UTF-8.
+
+        Where the vocabulary `adds_space`, it is one more for each text.
+        """
         return [len(written) for written in self._token_bytes]
 
     def to_json(self) -> str:

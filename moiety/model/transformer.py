@@ -17,6 +17,7 @@ from moiety.model.context import ForwardContext, KVCache, forward_context
 from moiety.model.loss import cross_entropy, head_logits
 from moiety.model.mla import LatentAttention
 from moiety.model.norm import Norm, norm_of
+from moiety.model.paged import PagedStep
 from moiety.model.rope import check_rope
 from moiety.moe import routers
 from moiety.moe.capacity import Capacity
@@ -57,6 +58,10 @@ class ModelOutput:
     def last_logits(self) -> Tensor:
         """Scores after the last position alone, (B, V)."""
         return self._logits(self.hidden[:, -1])
+
+    def at(self, rows_N: Tensor) -> Tensor:
+        """Scores after chosen positions alone, counted through all sequences, (N, V)."""
+        return self._logits(self.hidden.flatten(0, 1)[rows_N])
 
     def _logits(self, hidden: Tensor) -> Tensor:
         return head_logits(
@@ -208,7 +213,7 @@ class Transformer(nn.Module):
         self,
         tokens_BS: Tensor,
         *,
-        cache: KVCache | None = None,
+        cache: KVCache | PagedStep | None = None,
         valid_BS: Tensor | None = None,
         pinned: Mapping[int, Routing] | None = None,
         cost: Mapping[int, Tensor] | None = None,
@@ -219,7 +224,8 @@ class Transformer(nn.Module):
 
         Args:
             tokens_BS: Token ids, int64 (B, S).
-            cache: Keys and values of earlier positions; these tokens are added to it.
+            cache: Keys and values of earlier positions; these tokens are added to it. With a `PagedStep` the
+                tokens of its sequences follow each other in one row.
             valid_BS: Bool (B, S), False for padding, which must stand at the end; padding is never routed.
             pinned: Routings to repeat, by layer.
             cost: What using each expert costs, (E,), by layer; for routers that are `CostAware`.
@@ -275,7 +281,11 @@ class Transformer(nn.Module):
         return x_BSD if multiplier == 1 else multiplier * x_BSD
 
     def _check(
-        self, tokens_BS: Tensor, cache: KVCache | None, valid_BS: Tensor | None, pinned: Mapping[int, Routing]
+        self,
+        tokens_BS: Tensor,
+        cache: KVCache | PagedStep | None,
+        valid_BS: Tensor | None,
+        pinned: Mapping[int, Routing],
     ) -> None:
         """Refuse what would fail deep inside, or not fail and be wrong."""
         shape, vocabulary = tuple(tokens_BS.shape), self.config.vocab_size
@@ -307,6 +317,8 @@ class Transformer(nn.Module):
             )
         if cache is not None:
             cache.check_room(*shape)
+            if valid_BS is not None and isinstance(cache, PagedStep):
+                raise UsageError("a paged step has no padding", hint="leave valid_BS out")
             if self.checkpointing and torch.is_grad_enabled():
                 raise UsageError("a cache cannot be recomputed", hint="generate under torch.no_grad()")
 
@@ -342,9 +354,15 @@ def _capacity(moe: MoEConfig) -> Capacity | None:
 
 def _feed_forward(config: ModelConfig, layer: int, backend: str) -> MoE | FeedForward:
     """The dense or Mixture-of-Experts feed-forward of one block."""
-    moe = config.moe
-    if moe is None or not config.is_moe(layer):
-        return FeedForward(config.d_model, config.d_ff, activation=config.activation, gated=config.gated)
+    if config.moe is None or not config.is_moe(layer):
+        return FeedForward(
+            config.d_model,
+            config.d_ff,
+            activation=config.activation,
+            gated=config.gated,
+            bias=config.feed_forward_bias,
+        )
+    moe = config.moe.at(layer)
     return MoE(
         d_model=config.d_model,
         d_ff=moe.d_ff,
@@ -357,6 +375,7 @@ def _feed_forward(config: ModelConfig, layer: int, backend: str) -> MoE | FeedFo
         router_bias=moe.router_bias,
         shared_d_ff=moe.shared_d_ff,
         shared_gate=moe.shared_gate,
+        shared_bias=moe.shared_bias,
         null_experts=moe.null_experts,
         null_kind=moe.null_kind,
         capacity=_capacity(moe),

@@ -141,7 +141,8 @@ def expert_seconds(
 class FeedForward(nn.Module):
     """One dense feed-forward: down(act(gate) * up), or down(act(up)).
 
-    Parameters: `gate_up` (2F, D) with the gate rows first, or `up` (F, D) when not gated; `down` (D, F).
+    Parameters: `gate_up` (2F, D) with the gate rows first, or `up` (F, D) when not gated; `down` (D, F); with
+    `bias` also `gate_up_bias` (2F,) or `up_bias` (F,), and `down_bias` (D,).
     """
 
     def __init__(
@@ -152,6 +153,7 @@ class FeedForward(nn.Module):
         activation: str = "silu",
         activation_limit: float = 7.0,
         gated: bool = True,
+        bias: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -162,17 +164,23 @@ class FeedForward(nn.Module):
         rows = 2 * d_ff if gated else d_ff
         self.register_parameter(self.up_name, _parameter(rows, d_model, device=device, dtype=dtype))
         self.down = _parameter(d_model, d_ff, device=device, dtype=dtype)
+        up_bias = _parameter(rows, device=device, dtype=dtype) if bias else None
+        self.register_parameter(f"{self.up_name}_bias", up_bias)
+        self.down_bias = _parameter(d_model, device=device, dtype=dtype) if bias else None
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Uniform within 1/sqrt(fan-in), as torch's linear."""
+        """Uniform within 1/sqrt(fan-in), as torch's linear; biases zero."""
         for parameter in self.parameters():
-            parameter.uniform_(-(parameter.shape[1] ** -0.5), parameter.shape[1] ** -0.5)
+            if parameter.dim() == 1:
+                parameter.zero_()
+            else:
+                parameter.uniform_(-(parameter.shape[1] ** -0.5), parameter.shape[1] ** -0.5)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) to (..., D)."""
-        hidden = linear(x, self.get_parameter(self.up_name))
+        hidden = linear(x, self.get_parameter(self.up_name), self._parameters[f"{self.up_name}_bias"])
         if self.activation == CLAMPED:
             gate, up = hidden.chunk(2, dim=-1)
             hidden = clamped_swiglu(gate, up, self.activation_limit)
@@ -181,4 +189,4 @@ class FeedForward(nn.Module):
             hidden = activation(self.activation).forward(gate) * up
         else:
             hidden = activation(self.activation).forward(hidden)
-        return linear(hidden, self.down)
+        return linear(hidden, self.down, self.down_bias)

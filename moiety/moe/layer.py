@@ -10,13 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from moiety.backends import cpu, cpu_routing
 from moiety.backends.matmul import multiply_into, multiply_rows, multiply_rows_back
 from moiety.errors import ConfigError, UsageError
 from moiety.moe.capacity import Capacity, passes
 from moiety.moe.dense_gradient import dense_gradient
 from moiety.moe.experts import Experts, FeedForward
 from moiety.moe.packed import MixedExperts, PackedExperts, PackedFeedForward
-from moiety.moe.routers import Router, RouterContext
+from moiety.moe.routers import Router, RouterContext, compiled
 from moiety.routing import Noise, Routing
 
 __all__ = ["MoE", "MoEOutput"]
@@ -56,7 +57,12 @@ class _RouterLogits(torch.autograd.Function):
 
 
 def _check_sizes(
-    sizes: dict[str, int], shared_d_ff: int, shared_gate: bool, null_experts: int, null_kind: str
+    sizes: dict[str, int],
+    shared_d_ff: int,
+    shared_gate: bool,
+    shared_bias: bool,
+    null_experts: int,
+    null_kind: str,
 ) -> None:
     for name, size in sizes.items():
         if size < 1:
@@ -64,8 +70,9 @@ def _check_sizes(
     for name, size in (("shared_d_ff", shared_d_ff), ("null_experts", null_experts)):
         if size < 0:
             raise ConfigError(f"{name} is {size}; it must be at least 0")
-    if shared_gate and shared_d_ff < 1:
-        raise ConfigError("shared_gate is set, but shared_d_ff is 0: there is no shared expert to gate")
+    for name, given in (("shared_gate", shared_gate), ("shared_bias", shared_bias)):
+        if given and shared_d_ff < 1:
+            raise ConfigError(f"{name} is set, but shared_d_ff is 0: there is no shared expert")
     if null_kind not in ("identity", "zero"):
         raise ConfigError(f"null_kind is {null_kind!r}; allowed are 'identity' and 'zero'")
 
@@ -88,6 +95,12 @@ def _check_company(router: Router, capacity: Capacity | None, weigh_input: bool,
             f"{capacity.policy!r} does not keep",
             hint="use policy position, priority, random or queue",
         )
+
+
+def _check_length(name: str, given: Tensor | None, wanted: int, what: str) -> None:
+    """Refuse what would be broadcast, or fail far from here."""
+    if given is not None and tuple(given.shape) != (wanted,):
+        raise UsageError(f"{name} has shape {tuple(given.shape)}; one for each of {wanted} {what}s is wanted")
 
 
 class MoE(nn.Module):
@@ -113,6 +126,7 @@ class MoE(nn.Module):
         router_bias: Add a trained bias to the router's logits.
         shared_d_ff: Inner width of an expert that every token uses (arXiv 2401.06066); 0 for none.
         shared_gate: Multiply the shared expert by sigmoid(x w) (Qwen2-MoE).
+        shared_bias: Add biases to the shared expert.
         null_experts: Further choices, numbered after the experts, that multiply nothing (arXiv 2509.01322).
         null_kind: "identity" (a null expert answers x) or "zero".
         capacity: What happens when an expert is wanted too much; None drops nothing.
@@ -140,6 +154,7 @@ class MoE(nn.Module):
         router_bias: bool = False,
         shared_d_ff: int = 0,
         shared_gate: bool = False,
+        shared_bias: bool = False,
         null_experts: int = 0,
         null_kind: str = "identity",
         capacity: Capacity | None = None,
@@ -150,7 +165,7 @@ class MoE(nn.Module):
     ) -> None:
         super().__init__()
         sizes = {"d_model": d_model, "d_ff": d_ff, "experts": experts}
-        _check_sizes(sizes, shared_d_ff, shared_gate, null_experts, null_kind)
+        _check_sizes(sizes, shared_d_ff, shared_gate, shared_bias, null_experts, null_kind)
         _check_company(router, capacity, weigh_input, null_experts)
         self.router, self.capacity, self.weigh_input = router, capacity, weigh_input
         self.null_kind, self.choices = null_kind, experts + null_experts
@@ -171,7 +186,7 @@ class MoE(nn.Module):
         self.experts: Experts | PackedExperts | MixedExperts
         self.experts = Experts(d_model, d_ff, experts, bias=bias, backend=backend, **shape)
         self.shared: FeedForward | PackedFeedForward | None
-        self.shared = FeedForward(d_model, shared_d_ff, **shape) if shared_d_ff else None
+        self.shared = FeedForward(d_model, shared_d_ff, bias=shared_bias, **shape) if shared_d_ff else None
         self.shared_gate = nn.Linear(d_model, 1, bias=False, **like) if shared_gate else None
         bias_E = None
         if router.needs.bias:
@@ -232,9 +247,17 @@ class MoE(nn.Module):
 
         Raises:
             ConfigError: `pinned` is of other tokens or experts.
-            UsageError: the router needs token ids and got none.
+            UsageError: the router needs token ids and got none, or something is not one for each token or expert.
         """
         self._check_pinned(pinned, len(x_TD))
+        _check_length("valid", valid_T, len(x_TD), "token")
+        _check_length("token_ids", token_id_T, len(x_TD), "token")
+        _check_length("cost_E", cost_E, self.choices, "expert")
+        best = self._compiled(x_TD) if pinned is None and valid_T is None else None
+        if best is not None:
+            assert self.gate is not None
+            gate, bias_E = self.gate, self.selection_bias
+            return cpu_routing.route(x_TD, gate.weight, best, gate_bias_E=gate.bias, bias_E=bias_E)
         needs = self.router.needs
         if needs.token_ids and token_id_T is None:
             raise UsageError("this router chooses by token id", hint="pass token_ids, one for each token")
@@ -261,6 +284,16 @@ class MoE(nn.Module):
         if self.gate is None:
             return pairs.with_weights(weight_N)
         return pairs.with_weights(weight_N, logits_TE=logits_TE, score_TE=score_TE, noise=noise)
+
+    def _compiled(self, x_TD: Tensor) -> cpu_routing.Best | None:
+        """How the compiled kernel decides as this router does; None where it cannot. Only beside packed experts."""
+        packed = isinstance(self.experts, PackedExperts | MixedExperts) and bool(cpu.level())
+        if not packed or self.training or torch.is_grad_enabled() or self.capacity is not None:
+            return None
+        fits = (
+            x_TD.device.type == "cpu" and self.choices <= cpu_routing.MOST_EXPERTS and self.gate_noise is None
+        )
+        return compiled(self.router) if fits else None
 
     def _choose(self, score_TE: Tensor, context: RouterContext, sequences: int) -> Routing:
         """The router's pairs, after what the capacity makes of them."""

@@ -39,9 +39,7 @@ FAR = 16.0  # e^-16 is what float32 rounds off 1: beyond it a softmax is one num
 MANY_EXPERTS_NAMED = 6
 
 
-def collapse(
-    history: History, *, experts: int | None = None, sparse_scores: bool = False
-) -> tuple[Alarm, ...]:
+def collapse(history: History, *, null_experts: int = 0, sparse_scores: bool = False) -> tuple[Alarm, ...]:
     """What is wrong with any layer at the last step of `history`; nothing is kept between calls.
 
     Three kinds. "collapsed": few experts do all the work, judged by the effective number of experts, exp of the
@@ -55,14 +53,14 @@ def collapse(
     Args:
         history: (step, health of every MoE layer) of the latest steps, oldest first; the last `HISTORY` are enough.
             A layer that is missing in some steps is judged by the others.
-        experts: How many of the router's choices are experts, when null experts follow them; None means all.
+        null_experts: How many of the router's choices, the last ones, are no experts.
         sparse_scores: True for a router whose scores are zero for whom it does not choose, as ReLU's are:
             their low entropy is then no sign of anything.
     """
     alarms = []
     for layer in sorted(history[-1][1]) if history else ():
         steps = [(step, layers[layer]) for step, layers in history[-HISTORY:] if layer in layers]
-        found = (_load_alarm(layer, steps, experts), _doubt_alarm(layer, steps, sparse_scores))
+        found = (_load_alarm(layer, steps, null_experts), _doubt_alarm(layer, steps, sparse_scores))
         alarms += [alarm for alarm in found if alarm is not None]
     return tuple(alarms)
 
@@ -108,9 +106,9 @@ def _window(steps: Steps, width: int, *, at_least: int, pairs_per_expert: int) -
     return _Window(counts_E, tokens, dropped, used)
 
 
-def _load_alarm(layer: int, steps: Steps, experts: int | None) -> Alarm | None:
+def _load_alarm(layer: int, steps: Steps, null_experts: int) -> Alarm | None:
     """Collapsed or dead; a collapse can be told from fewer pairs."""
-    width = len(steps[-1][1].counts_E) if experts is None else experts
+    width = len(steps[-1][1].counts_E) - null_experts
     if width < 2 or len(steps) < FEWEST_STEPS:
         return None
     step, seen = steps[-1][0], _window(steps, width, at_least=STEPS, pairs_per_expert=SOME_PAIRS)

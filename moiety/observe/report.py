@@ -309,11 +309,11 @@ def _baseline_caption(found: Specialization | None) -> str:
 def _preferences(found: Specialization) -> str:
     """One table per layer: domain x expert, preference in figures and in colour."""
     preference_LDE, share_LDE = preference(found.counts_LDE), shares(found.counts_LDE)
-    depth, _, experts = preference_LDE.shape
+    depth, widest = len(found.layers), max(found.experts_L)
     places = sorted({round(i) for i in np.linspace(0, depth - 1, min(depth, LAYERS_SHOWN))})
     parts = []
     for place in places:
-        rows = []
+        rows, experts = [], found.experts_L[place]
         for d, domain in enumerate(found.domains):
             cells = []
             for e in range(experts):
@@ -330,7 +330,7 @@ def _preferences(found: Specialization) -> str:
             f"<thead><tr><td></td>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
         )
     skipped = f"<p>{len(places)} of {depth} layers are shown.</p>" if len(places) < depth else ""
-    return f'<div class="heats{" wide" if experts > 8 else ""}">{"".join(parts)}</div>{skipped}'
+    return f'<div class="heats{" wide" if widest > 8 else ""}">{"".join(parts)}</div>{skipped}'
 
 
 def _visible(token: str) -> str:

@@ -238,6 +238,7 @@ def specialization_of_sequences(
     domains: Sequence[str],
     *,
     layers: Sequence[int] | None = None,
+    experts_L: Sequence[int] | None = None,
     shuffles: int = 200,
     seed: int = 0,
 ) -> Specialization:
@@ -251,6 +252,7 @@ def specialization_of_sequences(
         domain_S: Domain of each sequence, an index into `domains`.
         domains: Names.
         layers: Number of each layer in its model; None counts from 0.
+        experts_L: Experts of each layer where they differ; further columns are 0. None means all columns.
         shuffles: Random draws for each baseline.
         seed: Of the draws.
 
@@ -270,7 +272,7 @@ def specialization_of_sequences(
     generator = np.random.default_rng(seed)
     shuffled = _baseline(lambda: by_domain(generator.permutation(domain_S)), shuffles)
     uniform = _blind(by_domain(domain_S), shuffles, seed)
-    return _judge(by_domain(domain_S), domains, layers, uniform, shuffled)
+    return _judge(by_domain(domain_S), domains, layers, uniform, shuffled, experts_L)
 
 
 def specialization_of_counts(
@@ -338,6 +340,7 @@ def _judge(
     layers: Sequence[int] | None,
     uniform: Baseline,
     shuffled: Baseline | None,
+    experts_L: Sequence[int] | None = None,
 ) -> Specialization:
     assert counts_LDE.ndim == 3 and counts_LDE.shape[1] == len(domains), (counts_LDE.shape, len(domains))
     names = tuple(range(len(counts_LDE)) if layers is None else layers)
@@ -346,6 +349,7 @@ def _judge(
         domains=tuple(domains),
         layers=names,
         counts_LDE=counts_LDE.astype(np.int64),
+        experts_L=tuple(experts_L or [counts_LDE.shape[2]] * len(names)),
         score_L=displacement(counts_LDE),
         uniform=uniform,
         shuffled=shuffled,
@@ -469,6 +473,7 @@ class Specialization:
         domains: Names, D of them.
         layers: Number of each layer in its model, L of them.
         counts_LDE: Pairs of each (layer, domain, expert).
+        experts_L: Experts of each layer; where one has fewer than others, its further columns are 0.
         score_L: `displacement` of each layer.
         uniform: Scores of a router that sends each pair of every domain as the average domain would.
         shuffled: Scores when the domain labels of whole sequences are shuffled; None if sequences are unknown.
@@ -477,6 +482,7 @@ class Specialization:
     domains: tuple[str, ...]
     layers: tuple[int, ...]
     counts_LDE: Integers
+    experts_L: tuple[int, ...]
     score_L: Floats
     uniform: Baseline
     shuffled: Baseline | None
@@ -520,8 +526,8 @@ class Specialization:
         of the domain is passed over: few pairs make any ratio.
         """
         preference_DE = preference(self.counts_LDE)[layer]
-        experts = preference_DE.shape[1]
-        preference_DE = np.where(shares(self.counts_LDE)[layer] * experts >= 0.5, preference_DE, 0.0)
+        enough = shares(self.counts_LDE)[layer] * self.experts_L[layer] >= 0.5
+        preference_DE = np.where(enough, preference_DE, 0.0)
         liked = int(preference_DE.max(-1).argmax())
         found = [(int(e), float(preference_DE[liked, e])) for e in np.argsort(-preference_DE[liked])]
         return self.domains[liked], tuple(one for one in found[:3] if one[1] >= PREFERS)

@@ -123,7 +123,11 @@ def specialization_of(evaluation: Evaluation, data: TokenData, layers: Sequence[
     """Which expert takes which domain in an evaluation of an MoE."""
     assert evaluation.counts_SLE is not None, "a dense model has no routing"
     return specialization_of_sequences(
-        evaluation.counts_SLE, evaluation.domain_S, data.domains, layers=list(layers)
+        evaluation.counts_SLE,
+        evaluation.domain_S,
+        data.domains,
+        layers=list(layers),
+        experts_L=evaluation.experts_L,
     )
 
 

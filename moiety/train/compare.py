@@ -237,14 +237,13 @@ def routing_figures(contender: Contender) -> dict[str, float]:
     layers = [one for healths in late for one in healths]
     if not layers:
         return {}
-    counts_DLE = contender.evaluation.counts_DLE
+    counts_DLE, experts_L = contender.evaluation.counts_DLE, contender.evaluation.experts_L
     assert counts_DLE is not None
-    counts_LE = counts_DLE.sum(0)
-    mean_L = counts_LE.mean(1)
+    seen = [counts_E[:experts] for counts_E, experts in zip(counts_DLE.sum(0), experts_L, strict=True)]
     return {
         "max_vio": statistics.fmean(one.max_vio for one in layers),
-        "max_vio_global": float((counts_LE.max(1) / mean_L - 1).mean()),
-        "dead": float((counts_LE == 0).sum()),
+        "max_vio_global": statistics.fmean(float(one_E.max() / one_E.mean()) - 1 for one_E in seen),
+        "dead": float(sum((one_E == 0).sum() for one_E in seen)),
         "dropped": statistics.fmean(one.drop_rate for one in layers),
         "experts_per_token": statistics.fmean(one.pairs / max(one.tokens, 1) for one in layers),
     }

@@ -28,8 +28,10 @@ class Evaluation:
         bits_per_byte: By domain.
         nats: Summed loss by domain.
         size_bytes: Scored UTF-8 bytes by domain.
-        counts_DLE: Pairs of each (domain, MoE layer, expert); None for a dense model.
+        counts_DLE: Pairs of each (domain, MoE layer, expert); None for a dense model. Where layers differ in their
+            number of experts, the missing ones of a layer have 0.
         counts_SLE: The same of each sequence; None for a dense model.
+        experts_L: Experts of each MoE layer, null experts among them; none for a dense model.
         domain_S: Domain index of each sequence.
         seconds: Wall time.
     """
@@ -41,6 +43,7 @@ class Evaluation:
     counts_SLE: npt.NDArray[np.int64] | None
     domain_S: npt.NDArray[np.int64]
     seconds: float
+    experts_L: tuple[int, ...] = ()
 
     @property
     def mean_bits_per_byte(self) -> float:
@@ -78,7 +81,7 @@ def evaluate(
     model.eval()
     nats: dict[str, float] = {}
     size_bytes: dict[str, int] = {}
-    counts_SLE: list[npt.NDArray[np.int64]] = []
+    pieces: list[list[npt.NDArray[np.int64]]] = []
     domain_S: list[int] = []
     held_out = data.sizes("held_out")
     for number, domain in enumerate(data.domains):
@@ -88,12 +91,12 @@ def evaluate(
         for piece in data.evaluation(domain, B=batch, S=length, limit=limit):
             loss, counts = _score(model, piece, dtype)
             total, scored = total + loss, scored + piece.target_bytes
-            counts_SLE += counts
+            pieces += [counts] if counts else []
             domain_S += [number] * len(piece.tokens_BS)
         if scored:
             nats[domain], size_bytes[domain] = total, scored
     model.train(training)
-    stacked = np.concatenate(counts_SLE) if counts_SLE else None
+    stacked = _stacked(pieces) if pieces else None
     by_sequence = np.array(domain_S, dtype=np.int64)
     by_domain = None
     if stacked is not None:
@@ -106,6 +109,7 @@ def evaluate(
         counts_SLE=stacked,
         domain_S=by_sequence,
         seconds=time.perf_counter() - begun,
+        experts_L=tuple(layer.shape[1] for layer in pieces[0]) if pieces else (),
     )
 
 
@@ -115,7 +119,7 @@ def real_tokens(targets_BS: Tensor) -> Tensor:
 
 
 def _score(model: Transformer, piece: Batch, dtype: str) -> tuple[float, list[npt.NDArray[np.int64]]]:
-    """Summed loss of a batch in nats, and for an MoE its pairs of each (sequence, layer, expert)."""
+    """Summed loss of a batch in nats, and of each MoE layer its pairs of each (sequence, expert)."""
     device = next(model.parameters()).device
     tokens_BS, targets_BS = piece.tokens_BS.to(device), piece.targets_BS.to(device)
     valid_BS = real_tokens(targets_BS)
@@ -125,4 +129,11 @@ def _score(model: Transformer, piece: Batch, dtype: str) -> tuple[float, list[np
     sequences, positions = tokens_BS.shape
     sequence_T = torch.arange(sequences, device=device).repeat_interleave(positions)
     layers = [counts_by_group(routing, sequence_T, sequences) for routing in output.routing.values()]
-    return loss, [np.stack(layers, axis=1)] if layers else []
+    return loss, layers
+
+
+def _stacked(pieces: list[list[npt.NDArray[np.int64]]]) -> npt.NDArray[np.int64]:
+    """Pairs of each (sequence, layer, expert) from those of each piece's layers, zeros where a layer has fewer."""
+    width = max(layer.shape[1] for layer in pieces[0])
+    padded = [[np.pad(layer, ((0, 0), (0, width - layer.shape[1]))) for layer in layers] for layers in pieces]
+    return np.concatenate([np.stack(layers, axis=1) for layers in padded])

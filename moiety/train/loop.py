@@ -38,6 +38,7 @@ from moiety.train.routers import (
     check_router_gradient,
     coefficients,
     down_scale,
+    down_scales,
     forward,
     loss_terms,
     moe_layers,
@@ -167,6 +168,7 @@ def _optimizer(model: Transformer, options: TrainOptions) -> torch.optim.AdamW:
         betas=(options.beta1, options.beta2),
         router_scale=options.router_rate,
         down_scale=down_scale(model.config.moe, options),
+        down_scales=down_scales(model.config.moe, options),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -20,6 +21,7 @@ def build_optimizer(
     betas: tuple[float, float],
     router_scale: float,
     down_scale: float = 1.0,
+    down_scales: Mapping[int, float] | None = None,
 ) -> torch.optim.AdamW:
     """AdamW (arXiv 1711.05101) over four groups: matrices with decay, norms and biases without, routers, down.
 
@@ -31,30 +33,22 @@ def build_optimizer(
         betas: Decay of the two moments.
         router_scale: Factor on the learning rate of routers (`gate.weight`, `gate.bias`).
         down_scale: Factor on that of the down projections of feed-forwards and routed experts, which decay too.
+        down_scales: The same in layers where it is another one.
     """
-    groups: dict[str, list[tuple[str, nn.Parameter]]] = {
-        "matrices": [],
-        "vectors": [],
-        "routers": [],
-        "down": [],
-    }
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        if ".gate." in f".{name}" or ".gate_noise." in f".{name}":
-            groups["routers"].append((name, parameter))
-        elif parameter.dim() == 1 or name.endswith("bias"):
-            groups["vectors"].append((name, parameter))
-        elif name.endswith(("feed_forward.down", "feed_forward.experts.down")):
-            groups["down"].append((name, parameter))
-        else:
-            groups["matrices"].append((name, parameter))
+    layers = {f"down {layer}": (weight_decay, scale) for layer, scale in (down_scales or {}).items()}
     settings = {
         "matrices": (weight_decay, 1.0),
         "vectors": (0.0, 1.0),
         "routers": (0.0, router_scale),
         "down": (weight_decay, down_scale),
+        **layers,
     }
+    groups: dict[str, list[tuple[str, nn.Parameter]]] = {group: [] for group in settings}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            group = _group(name, parameter)
+            own = f"{group} {name.split('.')[1]}" if group == "down" else group
+            groups[own if own in groups else group].append((name, parameter))
     return torch.optim.AdamW(
         [
             {
@@ -71,6 +65,14 @@ def build_optimizer(
         betas=betas,
         fused=True,
     )
+
+
+def _group(name: str, parameter: nn.Parameter) -> str:
+    if ".gate." in f".{name}" or ".gate_noise." in f".{name}":
+        return "routers"
+    if parameter.dim() == 1 or name.endswith("bias"):
+        return "vectors"
+    return "down" if name.endswith(("feed_forward.down", "feed_forward.experts.down")) else "matrices"
 
 
 def learning_rate(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import statistics
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,6 +34,7 @@ __all__ = [
     "check_router_gradient",
     "coefficients",
     "down_scale",
+    "down_scales",
     "forward",
     "loss_terms",
     "moe_layers",
@@ -62,6 +64,15 @@ def down_scale(config: MoEConfig | None, options: TrainOptions) -> float:
     than in a dense feed-forward; by default the rate makes up for it.
     """
     return options.down_rate or (1.0 if config is None else float(config.experts_per_token))
+
+
+def down_scales(config: MoEConfig | None, options: TrainOptions) -> dict[int, float]:
+    """That factor in the layers where it is another one."""
+    return (
+        {}
+        if config is None
+        else {layer: down_scale(config.at(layer), options) for layer, _, _ in config.per_layer}
+    )
 
 
 def forward(model: Transformer, batch: Batch, options: TrainOptions, *, step: int, place: int) -> ModelOutput:
@@ -100,9 +111,9 @@ def steered(model: Transformer, options: TrainOptions) -> Iterator[None]:
     before = {layer: one.router for layer, one in layers.items()}
     frozen: list[nn.Parameter] = []
     try:
-        for one in layers.values():
+        for layer, one in layers.items():
             assert moe is not None
-            router = wrapped(one.router, options, moe)
+            router = wrapped(one.router, options, moe.at(layer))
             router.check(one.choices)
             one.router = router
             if options.freeze_router:
@@ -159,7 +170,9 @@ def next_sparsity(config: MoEConfig, sparsity: float, loads: Mapping[int, Tensor
     if not _is_steered(config) or not loads:
         return sparsity
     pairs = sum(int(load_E.sum()) for load_E in loads.values()) / len(loads)
-    return balance.update_sparsity(sparsity, pairs / tokens, config.experts_per_token, config.experts)
+    sizes = [config.at(layer) for layer in loads]
+    wanted = statistics.fmean(one.experts_per_token for one in sizes)
+    return balance.update_sparsity(sparsity, pairs / tokens, wanted, max(one.experts for one in sizes))
 
 
 def _is_steered(config: MoEConfig) -> bool:
@@ -211,7 +224,7 @@ def router_losses(
         assert config is not None, layer
         total = total.to(routing.weight_N.device)
         context = LossContext(
-            k=config.experts_per_token,
+            k=config.at(layer).experts_per_token,
             load_E=loads.get(layer),
             sequences=sequences,
             groups=_groups(config, options),
@@ -254,7 +267,7 @@ class AlarmWatch:
             return ()
         self.history.append((step, health))
         sparse = _is_steered(self.config)
-        alarms = collapse(tuple(self.history), experts=self.config.experts, sparse_scores=sparse)
+        alarms = collapse(tuple(self.history), null_experts=self.config.null_experts, sparse_scores=sparse)
         fresh = tuple(one for one in alarms if (one.layer, one.kind) not in self.known)
         self.known = {(one.layer, one.kind) for one in alarms}
         return fresh
@@ -314,6 +327,6 @@ def update_biases(
         if bias_E is None or config is None:
             continue
         if config.bias_rule == "quantile":
-            balance.quantile_bias(torch.cat(list(scores[layer])), bias_E, config.experts_per_token)
+            balance.quantile_bias(torch.cat(list(scores[layer])), bias_E, config.at(layer).experts_per_token)
         else:
             balance.update_bias(bias_E, loads[layer].to(bias_E.device), config.bias_rate, config.bias_rule)

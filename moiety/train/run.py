@@ -213,7 +213,9 @@ def describe(plan: RunPlan, text_tokens: int) -> str:
     moe = plan.model.moe
     if moe is not None:
         step = options.batch * options.accumulate * options.length
-        lines.append(batch_advice(step, moe.experts, moe.experts_per_token).message)
+        layers = [moe.at(layer) for layer in plan.model.moe_layers]
+        least = min(layers, key=lambda one: one.experts_per_token / one.experts, default=moe)
+        lines.append(batch_advice(step, least.experts, least.experts_per_token).message)
     if options.accumulate > 1 and options.balance_scope == "step" and moe is not None:
         lines.append(
             "balance over the whole step costs a second forward pass; --balance-scope micro_batch does not"

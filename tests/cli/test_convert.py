@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 from moiety.model import checkpoint
 from moiety.model.gguf import load_gguf
@@ -59,6 +60,9 @@ def test_through_gguf_and_back(call: Call, mixtral: Path, tmp_path: Path) -> Non
     file, back = tmp_path / "small.gguf", tmp_path / "back"
     assert call("convert", mixtral, file, "--kind", "f32").code == 0
     assert call("convert", file, back).code == 0
+    end = Tokenizer.load(mixtral).end_id
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((back / name).read_text())["eos_token_id"] == [end, 5, 6]
     _same(mixtral, file, 1e-6)
     _same(mixtral, back, 1e-6)
     ours, theirs = Tokenizer.load(mixtral), Tokenizer.load(back)
@@ -120,3 +124,28 @@ def test_what_is_there_stays(call: Call, mixtral: Path, tmp_path: Path) -> None:
     call("convert", mixtral, folder).assert_refused(1, "mine")
     assert (folder / "thesis.txt").read_text() == "years of work"
     call("convert", tmp_path / "absent", tmp_path / "out").assert_refused(1, "absent")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_switch_transformer_to_another_dtype(tied: bool, call: Call, tmp_path: Path) -> None:
+    config = transformers.SwitchTransformersConfig(
+        vocab_size=29, d_model=16, d_kv=4, d_ff=24, num_layers=3, num_decoder_layers=2, num_heads=2, num_experts=5,
+        num_sparse_encoder_layers=1, num_sparse_decoder_layers=1, tie_word_embeddings=tied, decoder_start_token_id=3,
+    )  # fmt: skip
+    twin = transformers.SwitchTransformersForConditionalGeneration(config).eval()
+    twin.save_pretrained(tmp_path / "in")
+    (tmp_path / "in" / "spiece.model").write_bytes(b"pieces")
+    said = call("convert", tmp_path / "in", tmp_path / "out", "--dtype", "bf16")
+    assert said.code == 0 and "switch_transformers" in said.out and said.err == ""
+    assert (tmp_path / "out" / "spiece.model").read_bytes() == b"pieces"
+    back, told = transformers.SwitchTransformersForConditionalGeneration.from_pretrained(
+        tmp_path / "out", dtype="auto", output_loading_info=True
+    )
+    assert not any(told.values()) and back.config.decoder_start_token_id == 3
+    expected = twin.to(torch.bfloat16).state_dict()
+    if not tied:  # their class keeps a third embedding, which nothing reads
+        expected["shared.weight"] = expected["encoder.embed_tokens.weight"]
+    assert back.state_dict().keys() == expected.keys()
+    assert all(torch.equal(expected[name], tensor) for name, tensor in back.state_dict().items())
+    call("convert", tmp_path / "in", tmp_path / "out.gguf").assert_refused(2, "encoder-decoder with experts")
+    assert not (tmp_path / "out.gguf").exists()

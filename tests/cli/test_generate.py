@@ -44,6 +44,30 @@ def test_no_prompt_starts_from_nothing(call: Call, trained: Path) -> None:
     assert said.code == 0 and said.out == _expected(trained, "", 5, temperature=0) + "\n"
 
 
+def test_plain_generation_says_the_same(call: Call, trained: Path) -> None:
+    words = ("generate", trained, "the cat", "--max-tokens", 12, "--seed", 5)
+    said = call(*words)
+    assert said.code == 0 and call(*words, "--plain").out == call(*words, "--draft", 3).out == said.out
+
+
+def test_several_prompts_and_answers(call: Call, trained: Path) -> None:
+    said = call("generate", trained, "the cat", "größer", "--n", 2, "--max-tokens", 7, "--seed", 3, "--json")
+    assert [answer["prompt"] for answer in said.json] == ["the cat"] * 2 + ["größer"] * 2
+    for answer, seed in zip(said.json, (3, 4, 3, 4), strict=True):
+        assert answer["text"] == _expected(trained, answer["prompt"], 7, seed=seed)
+    said = call("generate", trained, "the", "--n", 2, "--max-tokens", 4)
+    assert said.code == 0 and said.out.startswith("[1] ") and "\n[2] " in said.out and "8 tokens" in said.err
+    call("generate", trained, "the", "--n", 0).assert_refused(2, "n is 0")
+    call("generate", trained, "the", "--n", 2, "--plain").assert_refused(2, "--plain gives one")
+
+
+def test_stop_texts(call: Call, trained: Path) -> None:
+    whole = _expected(trained, "the", 12, temperature=0)
+    stop = whole[3:6]
+    said = call("generate", trained, "the", "--max-tokens", 12, "--temperature", 0, "--stop", stop, "--json")
+    assert said.json["text"] == whole[: whole.index(stop)]
+
+
 @pytest.mark.parametrize("name", ["absent", "hollow"])
 def test_nothing_to_open(name: str, call: Call, tmp_path: Path) -> None:
     (tmp_path / "hollow").mkdir()

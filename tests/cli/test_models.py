@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 
 from moiety import cost, registry
+from moiety.moe import routers
+from moiety.moe.routers import TopK
 from tests.cli.conftest import Call
 
 
@@ -19,6 +21,21 @@ def test_json_is_the_registry(call: Call) -> None:
         assert rows[name]["active"] == counts.active
     assert rows["qwen3-next-80b-a3b"]["total"] == 79_674_391_296
     assert rows["deepseek-v3"]["experts"] == "8 of 256" and rows["mistral-7b"]["experts"] == "dense"
+
+
+def test_what_an_entry_does_not_know_is_said(call: Call) -> None:
+    rows = {row["name"]: row for row in call("models", "--json").json}
+    told = {name for name, row in rows.items() if row.get("unknown")}
+    assert told == {"phi-3.5-moe", "grok-2", "llama-4-scout", "hunyuan-a13b"}
+    for name in told:
+        assert registry.lookup_decoder(name).attention.rope is None
+    grok = registry.lookup_decoder("grok-2")
+    assert grok.moe is not None and routers.from_config(grok.moe) == TopK(
+        2, renormalize=False, group_best=2, cap=30.0
+    )
+    assert (grok.attention.logit_cap, grok.logits_cap) == (30.0, 50.0)
+    shown = "".join(call("models").out.split())
+    assert "phi-3.5-moe:unknownhere:thetwotablesoflongropefactors" in shown
 
 
 def test_closed_models_have_reports_and_no_sizes(call: Call) -> None:

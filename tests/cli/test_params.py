@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from moiety import cost, registry
+from moiety.model import checkpoint
+from moiety.model.transformer import Transformer
 from tests import tiny
 from tests.cli.conftest import Call
 
@@ -152,3 +154,14 @@ def test_names_of_the_hub_that_are_known_need_no_network(
         assert call("params", name, "--json").json["total"] > 3e10
     (tmp_path / "config.json").write_text(json.dumps(MIXTRAL))
     assert call("params", "owner/model", "--json").json["total"] == 46_702_792_704
+
+
+def test_it_says_which_layers_differ(tmp_path: Path, call: Call) -> None:
+    config = tiny.config(layers=4, moe=tiny.experts(per_layer=((0, 3, 1), (2, 7, 4))))
+    checkpoint.save(Transformer(config), tmp_path / "model")
+    said = call("params", tmp_path / "model", "--json")
+    assert said.code == 0 and said.json["per_layer"] == [[0, 3, 1], [2, 7, 4]]
+    assert said.json["total"] == cost.parameters(config).total
+    assert "2 of 5, but 1 of 3 in layer 0, 4 of 7 in layer 2" in " ".join(
+        call("params", tmp_path / "model").out.split()
+    )

@@ -45,11 +45,11 @@ def shown(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     """What the model was given, call by call; it answers `two`, an end token, and more that nobody may see."""
     calls: list[list[int]] = []
 
-    def generate(model: Any, ids: Sequence[int], **given: Any) -> Iterator[int]:
+    def stream(engine: Any, ids: Sequence[int], options: Any) -> Iterator[int]:
         calls.append(list(ids))
         return iter(ANSWER)
 
-    monkeypatch.setattr("moiety.infer.conversation.generate", generate)
+    monkeypatch.setattr("moiety.infer.conversation.Engine.stream", stream)
     return calls
 
 
@@ -116,6 +116,9 @@ def test_a_real_model_answers(tmp_path: Path) -> None:
     greedy = SamplingOptions(temperature=0)
     texts = ["".join(Conversation(found, max_tokens=6, sampling=greedy).answer("one")) for _ in range(2)]
     assert texts[0] == texts[1]
+    plain, talk = (Conversation(found, max_tokens=6, sampling=greedy, plain=flag) for flag in (True, False))
+    for line in ("one", "two", "three"):
+        assert "".join(talk.answer(line)) == "".join(plain.answer(line))
 
 
 def test_a_template_that_fails(tmp_path: Path) -> None:

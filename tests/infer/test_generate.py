@@ -12,7 +12,7 @@ import moiety
 from moiety.errors import MoietyError, UsageError
 from moiety.infer.generate import generate
 from moiety.infer.options import SamplingOptions
-from moiety.infer.sampling import sample
+from moiety.infer.sampling import Draw, sample
 from tests import tiny
 
 GREEDY = SamplingOptions(temperature=0.0)
@@ -34,13 +34,15 @@ def test_greedy_is_the_argmax_of_the_full_forward(name: str, dtype: torch.dtype)
 
 
 @torch.no_grad()
-def test_draws_are_from_the_full_forward_in_one_stream() -> None:
-    model, options = tiny.model("qwen3_moe", dtype=torch.float64), SamplingOptions(top_p=0.9, seed=11)
-    generator, written = torch.Generator().manual_seed(11), list(PROMPT)
+def test_draws_are_from_the_full_forward() -> None:
+    model = tiny.model("qwen3_moe", dtype=torch.float64)
+    options = SamplingOptions(top_p=0.9, seed=11, presence_penalty=0.5)
+    answer: list[int] = []
     for token in generate(model, PROMPT, max_tokens=12, sampling=options):
-        assert token == int(sample(model(torch.tensor([written])).logits[:, -1], options, generator))
-        written.append(token)
-    assert len(set(written)) > 5
+        logits_1V = model(torch.tensor([[*PROMPT, *answer]])).logits[:, -1]
+        assert token == int(sample(logits_1V, [Draw(options=options, prompt=PROMPT, answer=answer)]))
+        answer.append(token)
+    assert len(set(answer)) > 5
 
 
 def test_seeds_reproduce() -> None:

@@ -115,6 +115,16 @@ def test_both_spellings_of_rope(config: ModelConfig) -> None:
             family.read({**written, **rope})
 
 
+def test_yarn_is_written_with_its_edges() -> None:
+    """At their defaults too: vLLM reads gpt-oss with config.rope_parameters["beta_fast"]."""
+    stretched = RopeConfig(kind="yarn", factor=4.0, original_positions=16)
+    attention = dataclasses.replace(DENSE.attention, rope=stretched)
+    written = FAMILIES["llama"].write(dataclasses.replace(DENSE, attention=attention))
+    for key in ("rope_parameters", "rope_scaling"):
+        assert (written[key]["beta_fast"], written[key]["beta_slow"]) == (32.0, 1.0)
+    assert "beta_fast" not in FAMILIES["llama"].write(DENSE)["rope_parameters"]
+
+
 @pytest.mark.parametrize("config", [DENSE, MOE, QWEN, OLMOE])
 def test_bad_values_are_refused(config: ModelConfig) -> None:
     family = family_for(config).family
@@ -136,7 +146,6 @@ def test_bad_values_are_refused(config: ModelConfig) -> None:
     for change in (
         {"compression_config": {}},
         {"clip_qkv": "8"},
-        {"mlp_bias": True},
         {"use_sliding_window": 1},
         {"num_hidden_layers": 10**9},
     ):

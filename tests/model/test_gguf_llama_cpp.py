@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tokenizers
@@ -15,10 +17,14 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from moiety.model import gguf
 from moiety.model.gguf import vocabulary
+from moiety.model.template import render
 from moiety.model.tokenizer import END_OF_TEXT, Tokenizer
 from moiety.model.transformer import Transformer
-from tests import gguf_models, tiny
+from tests import gguf_models, interop, tiny
 
+ENGINE = (
+    f"xllamacpp {importlib.metadata.version('xllamacpp')}" if importlib.util.find_spec("xllamacpp") else ""
+)
 CHILD = Path(__file__).parents[1] / "llama_cpp_child.py"
 pytestmark = [
     pytest.mark.slow,
@@ -26,9 +32,7 @@ pytestmark = [
 ]
 
 
-def in_llama_cpp(
-    jobs: list[tuple[Path, list[int] | str, int, int | None]],
-) -> list[tuple[list[int], list[dict[str, float]]]]:
+def in_llama_cpp(jobs: list[tuple[Any, ...]]) -> list[Any]:
     asked = json.dumps([(str(file), *rest) for file, *rest in jobs])
     ran = subprocess.run(
         [sys.executable, CHILD], input=asked, capture_output=True, text=True, check=False, timeout=100
@@ -51,14 +55,7 @@ def test_float32_files_give_the_same_probabilities_and_greedy_tokens(name: str, 
     prompt = torch.randint(1, 100, (17,)).tolist()
     ((tokens, probabilities),) = in_llama_cpp([(tmp_path / "it.gguf", prompt, 8, None)])
     assert 1 <= len(tokens) <= 8
-    for token, theirs in zip(tokens, probabilities, strict=True):
-        with torch.no_grad():
-            ours = model(torch.tensor([prompt])).logits[0, -1].log_softmax(-1)
-        assert len(theirs) > 100
-        for other, value in theirs.items():
-            assert abs(float(ours[int(other)]) - value) < 1e-4
-        assert int(ours.argmax()) == token
-        prompt.append(token)
+    interop.compare(model, prompt, tokens, probabilities, 1e-4).show(ENGINE, name)
 
 
 @pytest.mark.parametrize("kind", ["f16", "bf16", "q8_0", "q4_0"])
@@ -121,3 +118,40 @@ def test_texts_become_the_same_tokens(name: str, tmp_path: Path) -> None:
     )
     assert of_text == of_tokens
     assert of_text != of_others
+
+
+def test_answers_begin_and_end_where_the_file_says(tmp_path: Path) -> None:
+    template = "{{ bos_token }}{% for m in messages %}<im>{{ m.role }} {{ m.content }}{% endfor %}<im>"
+    ours, messages = gguf_models.chat_tokenizer(), [{"role": "user", "content": "the ell"}]
+    model = Transformer(gguf_models.config(vocab_size=ours.vocab_size)).eval()
+    tiny.fill(model)
+    other, marker = (ours.encode_with_special(piece)[0] for piece in ("<call>", "<im>"))
+    gguf.save_gguf(model, tmp_path / "it.gguf", "f32", ours, chat_template=template, ends=(other,))
+    chat = len(ours.encode_with_special(render(template, messages, bos_token="<s>")))
+    text = 1 + len(ours.encode("the ell"))
+    ends = {ours.end_id: "stop", other: "stop", marker: "length", ours.encode("A")[0]: "length"}
+    jobs = [(tmp_path / "it.gguf", prompt, token) for token in ends for prompt in ("the ell", messages)]
+    found = in_llama_cpp(jobs)
+    assert found == [[reason, count] for reason in ends.values() for count in (text, chat)]
+    gguf.save_gguf(model, tmp_path / "it.gguf", "f32", gguf_models.chat_tokenizer(""), chat_template=template)
+    bare = in_llama_cpp([(tmp_path / "it.gguf", "the ell", token) for token in (ours.end_id, other)])
+    assert bare == [["stop", text - 1], ["length", text - 1]]
+
+
+@pytest.mark.parametrize("space", [True, False])
+def test_sentencepiece_texts_become_the_same_tokens(space: bool, tmp_path: Path) -> None:
+    tokenizer, rows = gguf_models.sentencepiece(space)
+    model = Transformer(gguf_models.config(vocab_size=len(rows))).eval()
+    tiny.fill(model)
+    gguf.save_gguf(model, tmp_path / "it.gguf", "f32", tokenizer)
+    read = gguf.read_tokenizer(tmp_path / "it.gguf")
+    texts = (TEXT, " the  theatre", "anaanaana\n\n", "bananas</s>the end", "aaaaaaaaaaa 12345")
+    (shown,) = [token for token, row in enumerate(rows) if row[0] == "a"]
+    for text in texts:
+        tokens = [1, *read.encode_with_special(text)]
+        prompts: list[list[int] | str] = [text, tokens, tokens[:-2] + tokens[-1:]]
+        of_text, of_tokens, of_others = in_llama_cpp(
+            [(tmp_path / "it.gguf", prompt, 1, shown) for prompt in prompts]
+        )
+        assert of_text == of_tokens, text
+        assert of_text != of_others

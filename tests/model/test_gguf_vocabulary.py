@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,8 @@ def test_a_model_without_a_tokenizer_has_none(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "drop", "said"),
     [
-        ({"model": "llama"}, (), "tokenizer.ggml.model is 'llama'"),
+        ({"model": "bert"}, (), "tokenizer.ggml.model is 'bert'"),
+        ({"model": "llama"}, (), "tokenizer.ggml.tokens lacks the byte <0x00>"),
         ({"pre": "chameleon"}, (), "tokenizer.ggml.pre is 'chameleon'"),
         ({}, ("pre",), "tokenizer.ggml.pre is None"),
         ({}, ("tokens",), "tokenizer.ggml.tokens is no list"),
@@ -148,3 +150,72 @@ def test_a_split_without_a_name_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no name for how this tokenizer splits text: x"):
         gguf.save_gguf(gguf_models.model("llama-tied"), tmp_path / "it.gguf", tokenizer=odd)
     assert not (tmp_path / "it.gguf").exists()
+
+
+@pytest.mark.parametrize(
+    ("frame", "begins", "ends"),
+    [
+        ("<s> $A", True, False),
+        (f"<s> $A {gguf_models.END}", True, True),
+        ("", False, False),
+        ("$A", False, False),
+    ],
+)
+def test_special_tokens_are_written(frame: str, begins: bool, ends: bool, tmp_path: Path) -> None:
+    ours = gguf_models.chat_tokenizer(frame)
+    model = Transformer(gguf_models.config(vocab_size=ours.vocab_size + 2))
+    gguf.save_gguf(
+        model, tmp_path / "it.gguf", tokenizer=ours, chat_template="{{ bos_token }}", ends=(104, 0, 105)
+    )
+    fields = package.GGUFReader(tmp_path / "it.gguf").fields
+    found = {key.removeprefix("tokenizer."): one.contents() for key, one in fields.items()}
+    pieces, kinds = found["ggml.tokens"], found["ggml.token_type"]
+    named = {"bos": "<s>", "eos": gguf_models.END, "unknown": "<unk>", "padding": "<fill>"}
+    assert {name: pieces[found[f"ggml.{name}_token_id"]] for name in named} == named
+    assert (found["ggml.eot_token_id"], found["ggml.eom_token_id"]) == (104, 105)
+    assert (found["ggml.add_bos_token"], found["ggml.add_eos_token"]) == (begins, ends)
+    assert found["chat_template"] == "{{ bos_token }}"
+    control = [token for token, kind in enumerate(kinds) if kind == package.TokenType.CONTROL]
+    assert [pieces[token] for token in control] == [
+        gguf_models.END,
+        "<s>",
+        "<unk>",
+        "<fill>",
+        "<im>",
+        "<call>",
+    ]
+    assert kinds[pieces.index("<own>")] == package.TokenType.USER_DEFINED
+    assert (
+        kinds[-2:] == [package.TokenType.UNUSED] * 2
+        and kinds.count(package.TokenType.NORMAL) == len(kinds) - 9
+    )
+    back = gguf.read_tokenizer(tmp_path / "it.gguf")
+    assert back.special_tokens == {**ours.special_tokens, "eos_token": gguf_models.END}
+    assert back.around[:1] == ((found["ggml.bos_token_id"],) if begins else ())
+    assert gguf.read_ends(tmp_path / "it.gguf") == (104, 105)
+
+
+def test_ends_that_have_no_place_are_refused(tmp_path: Path) -> None:
+    ours, model = gguf_models.chat_tokenizer(), Transformer(gguf_models.config(vocab_size=120))
+    for ends, said in (
+        ((3, 4, 5), r"2 more that end an answer; here are 3 more"),
+        ((3, 120), r"tokens \[120\]"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            gguf.save_gguf(model, tmp_path / "it.gguf", tokenizer=ours, ends=ends)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("said", [None, True, False])
+@pytest.mark.parametrize("frame", ["", "<s> $A"])
+def test_tokenizer_config_says_whether_a_text_begins(frame: str, said: bool | None, tmp_path: Path) -> None:
+    ours = gguf_models.chat_tokenizer(frame)
+    ours.save(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    more = {} if said is None else {"add_bos_token": said}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, **more}))
+    begins = bool(frame) if said is None else said
+    read = Tokenizer.load(tmp_path)
+    bos = json.loads(ours.to_json())["added_tokens"][1]
+    assert bos["content"] == "<s>" and read.around == ((bos["id"],) if begins else ())
+    assert read.encode("the ell") == ours.encode("the ell")

@@ -105,9 +105,9 @@ def assert_same_model(ours: Transformer, theirs: Any, tokens: Tensor, tolerance:
         assert_near(mine_step, step.logits, f"decode of {begin} to {end}", tolerance)
 
 
-def check_family(name: str, seed: int, folder: Path, tolerance: float = 1e-5) -> None:
+def check_family(name: str, seed: int, folder: Path, tolerance: float = 1e-5, **changes: Any) -> None:
     torch.manual_seed(seed)
-    settings = random_settings(name, seed)
+    settings = {**random_settings(name, seed), **changes}
     theirs = their_model(name, settings)
     theirs.save_pretrained(folder / "theirs")
     ours = checkpoint.load(folder / "theirs", match=MATCH.get(name, "original")).eval()
@@ -133,6 +133,31 @@ def check_family(name: str, seed: int, folder: Path, tolerance: float = 1e-5) ->
 @pytest.mark.parametrize("name", FAMILY_SETTINGS)
 def test_family(name: str, seed: int, tmp_path: Path) -> None:
     check_family(name, seed, tmp_path)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("llama", {"mlp_bias": True, "attention_bias": True}),
+        ("llama", {"mlp_bias": True, "attention_bias": False}),
+        ("deepseek_v2", {"mlp_bias": True, "attention_bias": True, "n_shared_experts": 2, "first_k_dense_replace": 1}),
+        ("deepseek_v2", {"mlp_bias": True, "attention_bias": False, "first_k_dense_replace": 0}),
+        ("ernie4_5_moe", {"use_bias": True, "moe_num_shared_experts": 2, "moe_layer_start_index": 1}),
+        ("ernie4_5_moe", {"use_bias": True, "moe_num_shared_experts": 0, "moe_layer_start_index": 1}),
+        ("ernie4_5_moe", {"use_bias": True, "moe_num_shared_experts": 1, "moe_layer_start_index": 0,
+                          "moe_layer_interval": 1}),
+    ],
+)  # fmt: skip
+def test_biases(name: str, changes: dict[str, Any], tied: bool, tmp_path: Path) -> None:
+    check_family(name, 1, tmp_path, tie_word_embeddings=tied, **changes)
+    ours = checkpoint.load(tmp_path / "theirs")
+    names = [
+        part for part, _ in ours.named_parameters() if part.endswith("bias") and ".feed_forward." in part
+    ]
+    dense, shared = (any(("shared" in part) == kind for part in names) for kind in (False, True))
+    assert dense == (len(ours.config.moe_layers) < ours.config.layers)
+    assert shared == (ours.config.moe is not None and ours.config.moe.shared_d_ff > 0)
 
 
 @pytest.mark.slow

@@ -30,6 +30,14 @@ LAYERS: dict[str, dict[str, Any]] = {
     "gelu": {"router": TopK(2), "gated": False, "activation": "gelu", "bias": True},
     "shared": {"router": TopK(2), "shared_d_ff": 12},
     "shared_relu": {"router": TopK(2), "shared_d_ff": 12, "gated": False, "activation": "relu"},
+    "shared_bias": {"router": TopK(2), "shared_d_ff": 12, "shared_gate": True, "shared_bias": True},
+    "shared_bias_gelu": {
+        "router": TopK(2),
+        "shared_d_ff": 12,
+        "shared_bias": True,
+        "gated": False,
+        "activation": "gelu",
+    },
     "shared_gated": {"router": TopK(2), "shared_d_ff": 20, "shared_gate": True},
 }
 every_layer = pytest.mark.parametrize("name", LAYERS)

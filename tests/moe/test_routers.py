@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from moiety.config import MoEConfig
-from moiety.errors import ConfigError
+from moiety.errors import ConfigError, UsageError
 from moiety.moe import routers
 from moiety.moe.layer import MoE
 from moiety.moe.routers import Router, RouterContext, SigmoidTopK, Switch, TopK, keep_groups
@@ -310,3 +310,41 @@ def test_weights_equal_those_of_gpt_oss() -> None:
         routing = layer.route(x_TD)
     expected_TE = torch.zeros(40, 8).scatter_(1, expert_TK, weight_TK)
     torch.testing.assert_close(routing.dense(), expected_TE, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (
+            {"token_ids": torch.zeros(2, 2, dtype=torch.int64)},
+            r"token_ids has shape \(4,\); one for each of 6 tokens",
+        ),
+        ({"token_ids": torch.zeros(1, dtype=torch.int64)}, r"token_ids has shape \(1,\)"),
+        ({"token_ids": torch.tensor(3)}, r"token_ids has shape \(1,\)"),
+        ({"valid": torch.ones(5, dtype=torch.bool)}, r"valid has shape \(5,\); one for each of 6 tokens"),
+        ({"cost_E": torch.ones(5)}, r"cost_E has shape \(5,\); one for each of 4 experts"),
+        ({"cost_E": torch.ones(1)}, r"cost_E has shape \(1,\)"),
+        ({"cost_E": torch.tensor(1.0)}, r"cost_E has shape \(\)"),
+        ({"cost_E": torch.ones(6, 4)}, r"cost_E has shape \(6, 4\)"),
+    ],
+)
+@pytest.mark.parametrize("router", [routers.CostAware(TopK(2)), routers.Hash(2)], ids=["cost", "hash"])
+def test_what_is_not_one_for_each_token_or_expert_is_refused(
+    router: routers.Router, given: dict[str, torch.Tensor], said: str
+) -> None:
+    layer = MoE(d_model=4, d_ff=4, experts=4, router=router)
+    right = {
+        "token_ids": torch.arange(6).view(2, 3),
+        "valid": torch.ones(2, 3, dtype=torch.bool),
+        "cost_E": torch.arange(4.0),
+    }
+    assert layer(torch.randn(2, 3, 4), **right).routing.pairs == 12
+    with pytest.raises(UsageError, match=said):
+        layer(torch.randn(2, 3, 4), **{**right, **given})
+
+
+def test_null_experts_have_a_cost_too() -> None:
+    layer = MoE(d_model=4, d_ff=4, experts=4, null_experts=2, router=routers.CostAware(TopK(2)))
+    assert layer.route(torch.randn(6, 4), cost_E=torch.ones(6)).pairs == 12
+    with pytest.raises(UsageError, match=r"one for each of 6 experts"):
+        layer.route(torch.randn(6, 4), cost_E=torch.ones(4))

@@ -32,6 +32,7 @@ EXPERTS, WIDTH = 10, 16
 ZOO: dict[str, Router] = {
     "softmax": TopK(3),
     "softmax_groups": TopK(2, renormalize=False, groups=5, groups_kept=2, scale=1.5, bias=True),
+    "softmax_capped": TopK(3, renormalize=False, cap=1.5),
     "sigmoid": SigmoidTopK(3, groups=5, groups_kept=3, scale=2.5),
     "switch": Switch(),
     "switch_jitter": Switch(jitter=0.2),

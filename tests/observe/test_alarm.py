@@ -230,7 +230,7 @@ def test_null_experts_are_not_judged() -> None:
     history = lasting(counted(100, 100, 100, 100, 9000, 0))
     (alarm,) = collapse(history)
     assert alarm.kind == "collapsed"
-    assert collapse(history, experts=4) == ()
+    assert collapse(history, null_experts=2) == ()
 
 
 def test_overconfidence() -> None:

@@ -19,7 +19,7 @@ from moiety.train.loop import StepRecord, moe_layers, train
 from moiety.train.model_options import ModelOptions
 from moiety.train.optim import build_optimizer
 from moiety.train.options import TrainOptions
-from moiety.train.routers import down_scale
+from moiety.train.routers import down_scale, down_scales
 from moiety.train.state import load_state
 
 LENGTH = 32
@@ -87,6 +87,7 @@ def moments(path: Path, net: Transformer, how: TrainOptions) -> dict[str, Tensor
         betas=(how.beta1, how.beta2),
         router_scale=how.router_rate,
         down_scale=down_scale(net.config.moe, how),
+        down_scales=down_scales(net.config.moe, how),
     )
     load_state(path, net, optimizer)
     return {

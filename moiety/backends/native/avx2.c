@@ -11,6 +11,7 @@
 #include "vectors.h"
 
 #define AT_ONCE 2
+#define CHAINS 4
 
 typedef struct {
     __m256i low, high;
@@ -82,7 +83,7 @@ INLINE vf widen_halves(const uint8_t *at) {
 
 #include "tile.h"
 
-const level_table avx2_table = {avx2_product, avx2_prepare, avx2_activate};
+const level_table avx2_table = {avx2_product, avx2_prepare, avx2_activate, avx2_peak, CHAINS, avx2_dots};
 #ifdef __clang__
 #pragma clang attribute pop
 #endif

@@ -1,5 +1,6 @@
 /* What AVX-512 with VNNI gives to tile.h; the AMX level shares it for few rows. */
-#define AT_ONCE 8
+#define AT_ONCE 5
+#define CHAINS 12
 
 INLINE vi dot4(vi sum, vi weight, const int8_t *x) {
     int32_t bytes;

@@ -37,15 +37,16 @@ typedef struct {
     const int8_t *code;   /* (rows, width) */
     const float *value;   /* (rows, width); one of the two is NULL */
     const float *scale;   /* (rows, groups) */
-    const int32_t *sum;   /* (rows, groups) */
+    const int32_t *sum;   /* (rows, groups) the codes' sum; for weights whose zero has a code, minus that code times the sum */
     int64_t width, groups; /* width = groups * group */
 } operand;
 
 static inline int is_integer(int32_t kind) { return kind >= KIND_INT8 && kind <= KIND_MXFP4; }
 
-/* out[i] (i < count) = the products of operand rows row[i] with the 16 weight rows of one row block, float32. */
-typedef void (*block_product)(const matrix *w, const uint8_t *tiles, const operand *x, const int64_t *row, int64_t count,
-                              float (*out)[ROWS]);
+/* out[b][i] = the products of operand rows row[i], i < count, with the 16 weight rows of row block b; there are 1 or 2 row
+ * blocks, the second follows the first. */
+typedef void (*block_product)(const matrix *w, const uint8_t *tiles, int32_t blocks, const operand *x, const int64_t *row,
+                              int64_t count, float (*const *out)[ROWS]);
 /* Prepare one row of `columns` float32 numbers as row `into` of an operand. */
 typedef void (*prepare_row)(const matrix *w, const float *x, int8_t *code, float *value, float *scale, int32_t *sum);
 /* hidden[i] = activation(gate[i]) * up[i], 16 numbers; up is NULL without a gate. */
@@ -55,6 +56,11 @@ typedef struct {
     block_product product;
     prepare_row prepare;
     activate_row activate;
+    /* `rounds` times one product of every chain of registers, of integers or floats; the sum, so that none is left out */
+    float (*peak)(int32_t integers, int64_t rounds);
+    int32_t chains;
+    /* out[i] = x[i] . w for at most 4 rows of float32 numbers */
+    void (*dots)(const float *const *x, int32_t count, const float *w, int64_t columns, float *out);
 } level_table;
 
 extern const level_table portable_table;

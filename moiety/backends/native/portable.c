@@ -3,6 +3,7 @@
 #include "vectors.h"
 
 #define AT_ONCE 2
+#define CHAINS 2
 
 INLINE vi dot4(vi sum, vi weight, const int8_t *x) {
     uint8_t byte[4 * ROWS];
@@ -44,4 +45,4 @@ INLINE vf widen_halves(const uint8_t *at) {
 
 #include "tile.h"
 
-const level_table portable_table = {portable_product, portable_prepare, portable_activate};
+const level_table portable_table = {portable_product, portable_prepare, portable_activate, portable_peak, CHAINS, portable_dots};

@@ -5,6 +5,7 @@
 #include <pthread.h>
 #include <sched.h>
 #include <stdatomic.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "kernels.h"
@@ -90,7 +91,7 @@ void run_phases(const crew *who, void *job, const phase *phases, int64_t count) 
     }
 }
 
-/* Scratch memory, laid out by one cursor; with a NULL base it only counts. */
+/* Scratch memory, laid out by one cursor, first with a NULL base to count and then for use. */
 
 typedef struct {
     char *base;
@@ -136,13 +137,13 @@ typedef struct {
     int64_t y_width, y_columns; /* width of a row, and how many numbers of it are written */
 } product;
 
+/* How many row blocks, an even number, are a task. */
 static void plan_runs(product *p, int32_t threads) {
-    const int64_t unit = p->gated ? 2 : 1, block_bytes = p->w->groups * p->w->tile_bytes;
-    int64_t run = TASK_BYTES / (block_bytes * unit);
-    const int64_t units = p->w->row_blocks / unit, wanted = 4 * (int64_t)threads;
-    if (p->busy_count && units * p->busy_count / (run ? run : 1) < wanted) run = units * p->busy_count / wanted;
-    p->run = run < 1 ? 1 : run > units ? (units ? units : 1) : run;
-    p->runs = (units + p->run - 1) / p->run;
+    const int64_t blocks = p->w->row_blocks, wanted = 4 * (int64_t)threads;
+    int64_t run = TASK_BYTES / (p->w->groups * p->w->tile_bytes);
+    if (run > blocks * p->busy_count / wanted) run = blocks * p->busy_count / wanted;
+    p->run = run < 2 ? 2 : run / 2 * 2;
+    p->runs = (blocks + p->run - 1) / p->run;
 }
 
 static void store(const product *p, int64_t pair, int64_t block, const float *from) {
@@ -157,27 +158,30 @@ static void add_bias(const product *p, int64_t expert, int64_t block, int64_t co
         for (int n = 0; n < ROWS; n++) out[i][n] += bias[n];
 }
 
+/* Two row blocks at a time: a gate's and its up projection's, or neighbours. */
 static void product_task(const product *p, int64_t number) {
-    const int64_t expert = p->busy[number / p->runs], unit = p->gated ? 2 : 1;
-    const int64_t from = number % p->runs * p->run, units = p->w->row_blocks / unit;
-    const int64_t to = from + p->run < units ? from + p->run : units;
+    const int64_t expert = p->busy[number / p->runs], from = number % p->runs * p->run;
+    const int64_t to = from + p->run < p->w->row_blocks ? from + p->run : p->w->row_blocks;
     const int64_t block_bytes = p->w->groups * p->w->tile_bytes;
     const uint8_t *tiles = p->w->tiles + expert * p->w->row_blocks * block_bytes;
-    float gate[PANEL][ROWS] __attribute__((aligned(ALIGN))), up[PANEL][ROWS] __attribute__((aligned(ALIGN)));
+    float one[PANEL][ROWS] __attribute__((aligned(ALIGN))), two[PANEL][ROWS] __attribute__((aligned(ALIGN)));
+    float(*const out[2])[ROWS] = {one, two};
     for (int64_t start = p->first[expert]; start < p->first[expert + 1]; start += PANEL) {
         const int64_t left = p->first[expert + 1] - start, count = left < PANEL ? left : PANEL;
-        for (int64_t b = from; b < to; b++) {
-            const uint8_t *at = tiles + b * unit * block_bytes;
-            p->table->product(p->w, at, &p->x, p->row_of + start, count, gate);
-            add_bias(p, expert, b * unit, count, gate);
-            if (p->gated) {
-                p->table->product(p->w, at + block_bytes, &p->x, p->row_of + start, count, up);
-                add_bias(p, expert, b * unit + 1, count, up);
-            }
+        for (int64_t block = from; block < to; block += 2) {
+            const int32_t blocks = to - block < 2 ? 1 : 2;
+            p->table->product(p->w, tiles + block * block_bytes, blocks, &p->x, p->row_of + start, count, out);
+            for (int32_t b = 0; b < blocks; b++) add_bias(p, expert, block + b, count, out[b]);
             for (int64_t i = 0; i < count; i++) {
-                if (p->activation != ACT_NONE)
-                    p->table->activate(p->activation, p->limit, gate[i], p->gated ? up[i] : NULL, gate[i]);
-                store(p, start + i, b, gate[i]);
+                if (p->gated) {
+                    p->table->activate(p->activation, p->limit, one[i], two[i], one[i]);
+                    store(p, start + i, block / 2, one[i]);
+                    continue;
+                }
+                for (int32_t b = 0; b < blocks; b++) {
+                    if (p->activation != ACT_NONE) p->table->activate(p->activation, p->limit, out[b][i], NULL, out[b][i]);
+                    store(p, start + i, block + b, out[b][i]);
+                }
             }
         }
     }
@@ -246,42 +250,55 @@ static void by_token(const int64_t *token_of, int64_t pairs, int64_t tokens, int
     first_pair[0] = 0;
 }
 
-/* y[i] = W_e x[i] + b_e for rows sorted by expert. Returns the bytes of scratch needed when scratch is NULL, else 0. */
-EXPORT int64_t moiety_grouped_linear(const matrix *w, const float *x, int64_t rows, int64_t x_stride, const int64_t *counts,
-                                     float *y, char *scratch, const crew *who) {
-    cursor at = {scratch, 0};
+/* After counting: the memory itself. 0 where there is none. */
+static int claim(cursor *at) {
+    at->base = aligned_alloc(ALIGN, at->used + ALIGN);
+    at->used = 0;
+    return at->base != NULL;
+}
+
+/* y[i] = W_e x[i] + b_e for rows sorted by expert; NULL counts mean one expert. Returns 0, or 1 without memory. */
+EXPORT int32_t moiety_grouped_linear(const matrix *w, const float *x, int64_t rows, int64_t x_stride, const int64_t *counts,
+                                     float *y, const crew *who) {
     job j = {.table = table_of(who->level), .up = w, .x = x, .tokens = rows, .x_stride = x_stride, .pairs = rows};
-    j.first = (product){.table = j.table, .w = w, .x = take_operand(&at, w, rows), .y = y, .y_width = w->rows, .y_columns = w->rows};
-    int64_t *row_of = take(&at, rows * 8), *first = take(&at, (w->experts + 1) * 8), *busy = take(&at, w->experts * 8);
-    if (!scratch) return at.used;
+    int64_t *row_of, *first, *busy;
+    cursor at = {NULL, 0};
+    for (int pass = 0; pass < 2; pass++) {
+        if (pass && !claim(&at)) return 1;
+        j.first = (product){.table = j.table, .w = w, .x = take_operand(&at, w, rows), .y = y, .y_width = w->rows, .y_columns = w->rows};
+        row_of = take(&at, rows * 8), first = take(&at, (w->experts + 1) * 8), busy = take(&at, w->experts * 8);
+    }
     for (int64_t i = 0; i < rows; i++) row_of[i] = i;
     j.first.row_of = row_of, j.first.first = first, j.first.busy = busy;
-    j.first.busy_count = bounds(counts, w->experts, first, busy);
+    j.first.busy_count = bounds(counts ? counts : &rows, w->experts, first, busy);
     plan_runs(&j.first, who->threads);
     const phase phases[] = {{prepare_task, rows}, {up_task, j.first.busy_count * j.first.runs}};
     run_phases(who, &j, phases, 2);
+    free(at.base);
     return 0;
 }
 
-/* y[token] = sum over its pairs of weight * down_e(activation(up_e x[token])). Returns bytes of scratch when it is NULL. */
-EXPORT int64_t moiety_experts(const matrix *up, const matrix *down, int32_t activation, int32_t gated, float limit,
+/* y[token] = sum over its pairs of weight * down_e(activation(up_e x[token])). Returns 0, or 1 without memory. */
+EXPORT int32_t moiety_experts(const matrix *up, const matrix *down, int32_t activation, int32_t gated, float limit,
                               const float *x, int64_t tokens, int64_t x_stride, const int64_t *token_of,
-                              const float *weight_of, const int64_t *counts, int64_t pairs, float *y, char *scratch,
-                              const crew *who) {
-    cursor at = {scratch, 0};
+                              const float *weight_of, const int64_t *counts, int64_t pairs, float *y, const crew *who) {
     job j = {.table = table_of(who->level), .up = up, .down = down, .x = x, .tokens = tokens, .x_stride = x_stride,
              .pairs = pairs, .token_of = token_of, .weight_of = weight_of, .y = y};
     const int64_t d_ff = down->columns;
-    j.hidden = take(&at, pairs * d_ff * 4);
-    j.answers = take(&at, pairs * down->rows * 4);
-    j.first = (product){.table = j.table, .w = up, .x = take_operand(&at, up, tokens), .row_of = token_of, .y = j.hidden,
-                        .y_width = d_ff, .y_columns = d_ff, .activation = activation, .gated = gated, .limit = limit};
-    j.hidden_operand = take_operand(&at, down, pairs);
-    j.second = (product){.table = j.table, .w = down, .x = j.hidden_operand, .y = j.answers, .y_width = down->rows,
-                         .y_columns = down->rows};
-    int64_t *row_of = take(&at, pairs * 8), *first = take(&at, (up->experts + 1) * 8), *busy = take(&at, up->experts * 8);
-    int64_t *pair_of = take(&at, pairs * 8), *first_pair = take(&at, (tokens + 1) * 8);
-    if (!scratch) return at.used;
+    int64_t *row_of, *first, *busy, *pair_of, *first_pair;
+    cursor at = {NULL, 0};
+    for (int pass = 0; pass < 2; pass++) {
+        if (pass && !claim(&at)) return 1;
+        j.hidden = take(&at, pairs * d_ff * 4);
+        j.answers = take(&at, pairs * down->rows * 4);
+        j.first = (product){.table = j.table, .w = up, .x = take_operand(&at, up, tokens), .row_of = token_of, .y = j.hidden,
+                            .y_width = d_ff, .y_columns = d_ff, .activation = activation, .gated = gated, .limit = limit};
+        j.hidden_operand = take_operand(&at, down, pairs);
+        j.second = (product){.table = j.table, .w = down, .x = j.hidden_operand, .y = j.answers, .y_width = down->rows,
+                             .y_columns = down->rows};
+        row_of = take(&at, pairs * 8), first = take(&at, (up->experts + 1) * 8), busy = take(&at, up->experts * 8);
+        pair_of = take(&at, pairs * 8), first_pair = take(&at, (tokens + 1) * 8);
+    }
     for (int64_t i = 0; i < pairs; i++) row_of[i] = i;
     by_token(token_of, pairs, tokens, pair_of, first_pair);
     j.pair_of = pair_of, j.first_pair = first_pair, j.second.row_of = row_of;
@@ -295,5 +312,6 @@ EXPORT int64_t moiety_experts(const matrix *up, const matrix *down, int32_t acti
                             {down_task, j.second.busy_count * j.second.runs},
                             {sum_task, tokens}};
     run_phases(who, &j, phases, 5);
+    free(at.base);
     return 0;
 }

@@ -2,13 +2,12 @@
  *
  *   LEVEL(name)   the name with the level's suffix
  *   AT_ONCE       how many rows share an unpacked piece of a tile: as many as registers allow
+ *   CHAINS        how many vectors are worked on side by side to see what the processor can do at most
  *   dot4, dot4_wide   to each lane of sums the products of its 4 unsigned bytes with 4 signed ones; wide: of all 8 bits
  *   lookup_bytes, lookup_floats, widen_halves
  *
  * A vector is 16 lanes of 32 bits, one for each row of a tile; gcc and clang cut it to the registers there are. Every
  * output is summed in the same order whatever the number of rows, so results do not depend on what else is in a batch. */
-
-#define LINES 8 /* 64-byte lines unpacked at once: 32 columns of integers, 8 of floats */
 
 /* What one tile's scales are: of 16 rows. */
 INLINE vf LEVEL(scales)(int kind, const uint8_t *at) {
@@ -25,67 +24,56 @@ INLINE int LEVEL(zero_of)(int kind) {
     return kind == KIND_INT8 ? 128 : kind == KIND_INT4 ? 8 : kind == KIND_MXFP4 ? 12 : 0;
 }
 
-/* Columns 32 part .. 32 part + 31 of an integer tile, as unsigned bytes in the order that dot4 wants. */
-INLINE void LEVEL(integers)(int kind, int group, const uint8_t *tile, int part, vi w[LINES]) {
-    if (kind == KIND_INT8) {
-        for (int j = 0; j < LINES; j++) w[j] = load_line(tile + 64 * (LINES * part + j));
-        return;
+/* Columns 4 quad .. 4 quad + 3 of an integer tile, as unsigned bytes. */
+INLINE vi LEVEL(integers)(int kind, int group, const uint8_t *tile, int quad) {
+    if (kind == KIND_INT8) return load_line(tile + 64 * quad);
+    const int lines = group / 8, high = quad >= lines;
+    const vi both = load_line(tile + 64 * (quad - high * lines));
+    const vi code = (high ? (vi)((vu)both >> 4) : both) & 0x0f0f0f0f;
+    if (kind != KIND_MXFP4) return code;
+    static const uint8_t doubled[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0}; /* plus 12 */
+    return lookup_bytes(doubled, code);
+}
+
+/* Column k of a floating point tile. */
+INLINE vf LEVEL(floats)(int kind, int group, const uint8_t *tile, int k) {
+    if (kind == KIND_FLOAT32) return (vf)load_line(tile + 64 * k);
+    if (kind == KIND_BFLOAT16) {
+        const vi pair = load_line(tile + 64 * (k / 2));
+        return (vf)(k % 2 ? pair & (int32_t)0xffff0000 : pair << 16);
     }
-    const vi low = (vi){} + 0x0f0f0f0f;
-    if (group == 32) {
-        for (int j = 0; j < LINES / 2; j++) {
-            const vi both = load_line(tile + 64 * j);
-            w[j] = both & low;
-            w[j + LINES / 2] = (vi)((vu)both >> 4) & low;
-        }
-    } else {
-        const int lines = group / 8, first = LINES * part;
-        const int high = first >= lines;
-        for (int j = 0; j < LINES; j++) {
-            const vi both = load_line(tile + 64 * (first - high * lines + j));
-            w[j] = (high ? (vi)((vu)both >> 4) : both) & low;
-        }
+    if (kind == KIND_FLOAT8) {
+        const vi code = (vi)((vu)load_line(tile + 64 * (k / 4)) >> (8 * (k % 4)));
+        return (vf)((code & 0x80) << 24 | (code & 0x7f) << 20) * 0x1p120f; /* the exponent's bias is 7 there, 127 here */
     }
-    if (kind == KIND_MXFP4) {
-        static const uint8_t doubled[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0}; /* plus 12 */
-        for (int j = 0; j < LINES; j++) w[j] = lookup_bytes(doubled, w[j]);
+    static const float quantile[16] = MOIETY_NF4;
+    const int high = k >= group / 2, place = k - high * group / 2;
+    const vi code = (vi)((vu)load_line(tile + 64 * (place / 4)) >> (8 * (place % 4) + 4 * high)) & 15;
+    return lookup_floats(quantile, code);
+}
+
+/* Ask for the tiles that come PREFETCH_BYTES later; past the end of a row block they are those of the one after the next. */
+INLINE void LEVEL(fetch)(const uint8_t *tile, int past, int blocks, int64_t next, int64_t bytes) {
+    for (int b = 0; b < blocks; b++) {
+        const uint8_t *later = tile + b * next + PREFETCH_BYTES + (past ? (blocks - 1) * next : 0);
+        for (int64_t ahead = 0; ahead < bytes; ahead += 64) __builtin_prefetch(later + ahead, 0, 3);
     }
 }
 
-/* Columns 8 part .. 8 part + 7 of a floating point tile. */
-INLINE void LEVEL(floats)(int kind, int group, const uint8_t *tile, int part, vf w[LINES]) {
-    if (kind == KIND_FLOAT32) {
-        for (int j = 0; j < LINES; j++) w[j] = (vf)load_line(tile + 64 * (LINES * part + j));
-    } else if (kind == KIND_BFLOAT16) {
-        for (int j = 0; j < LINES / 2; j++) {
-            const vi pair = load_line(tile + 64 * (LINES / 2 * part + j));
-            w[2 * j] = (vf)(pair << 16);
-            w[2 * j + 1] = (vf)(pair & (vi)((vu){} + 0xffff0000u));
-        }
-    } else if (kind == KIND_FLOAT8) {
-        for (int j = 0; j < LINES; j++) { /* 4 columns of 16 rows in a line */
-            const vi code = (vi)((vu)load_line(tile + 64 * (2 * part + j / 4)) >> (8 * (j % 4)));
-            /* the exponent's bias is 7 there and 127 here: 2 ** 120 */
-            w[j] = (vf)((code & 0x80) << 24 | (code & 0x7f) << 20) * 0x1p120f;
-        }
-    } else {
-        static const float quantile[16] = MOIETY_NF4;
-        const int line = 2 * part % (group / 8), high = 2 * part >= group / 8;
-        for (int j = 0; j < LINES; j++) {
-            const vi code = (vi)((vu)load_line(tile + 64 * (line + j / 4)) >> (8 * (j % 4) + 4 * high)) & 15;
-            w[j] = lookup_floats(quantile, code);
-        }
-    }
-}
-
-INLINE void LEVEL(integer_rows)(int kind, int group, const matrix *w, const uint8_t *tile, const operand *x,
-                                const int64_t *row, int count, float (*out)[ROWS]) {
-    vf total[AT_ONCE];
+/* `count` rows with `blocks` row blocks side by side: an unpacked line serves all rows, a broadcast number all blocks. Both are
+ * known when this is compiled, and so is the kind. */
+INLINE void LEVEL(integer_rows)(int kind, int group, int blocks, const matrix *w, span part, const uint8_t *tile,
+                                const operand *x, const int64_t *row, int count, float (*const *out)[ROWS], int64_t first) {
+    vf total[AT_ONCE][2];
     const int8_t *code[AT_ONCE];
     const float *scale[AT_ONCE];
     const int32_t *sum[AT_ONCE];
+    const int64_t next = w->groups * w->tile_bytes; /* to the next row block */
     for (int i = 0; i < count; i++) {
-        total[i] = (vf){};
+        for (int b = 0; b < 2; b++) {
+            total[i][b] = (vf){};
+            if (part.from && b < blocks) memcpy(&total[i][b], out[b][first + i], sizeof(vf));
+        }
         code[i] = x->code + row[i] * x->width;
         scale[i] = x->scale + row[i] * x->groups;
         sum[i] = x->sum + row[i] * x->groups;
@@ -93,91 +81,110 @@ INLINE void LEVEL(integer_rows)(int kind, int group, const matrix *w, const uint
     const int code_bytes = kind == KIND_INT8 ? ROWS * group : ROWS * group / 2;
     const int scale_bytes = kind == KIND_MXFP4 ? ROWS : 2 * ROWS;
     const int tile_bytes = code_bytes + scale_bytes + (kind == KIND_INT4_MINIMUM ? 2 * ROWS : 0);
-    for (int64_t g = 0; g < w->groups; g++, tile += tile_bytes) {
-        if (count <= 2)
-            for (int ahead = 0; ahead < tile_bytes; ahead += 64) __builtin_prefetch(tile + PREFETCH_BYTES + ahead, 0, 3);
-        vi inner[AT_ONCE];
-        for (int i = 0; i < count; i++) inner[i] = (vi){} - LEVEL(zero_of)(kind) * sum[i][g];
-        for (int part = 0; part < group / 32; part++) {
-            vi line[LINES];
-            LEVEL(integers)(kind, group, tile, part, line);
+    tile += part.from * tile_bytes;
+    for (int64_t g = part.from; g < part.to; g++, tile += tile_bytes) {
+        if (!part.warm) LEVEL(fetch)(tile, (g + 1) * tile_bytes + PREFETCH_BYTES > next, blocks, next, tile_bytes);
+        vi inner[AT_ONCE][2];
+        for (int i = 0; i < count; i++) inner[i][0] = inner[i][1] = (vi){} + (kind == KIND_INT4_MINIMUM ? 0 : sum[i][g]);
+#pragma GCC unroll 8
+        for (int quad = 0; quad < group / 4; quad++) {
+            vi line[2];
+            for (int b = 0; b < blocks; b++) line[b] = LEVEL(integers)(kind, group, tile + b * next, quad);
+            for (int i = 0; i < count; i++)
+                for (int b = 0; b < blocks; b++) {
+                    const int8_t *at = code[i] + g * group + 4 * quad;
+                    inner[i][b] = kind == KIND_INT8 ? dot4_wide(inner[i][b], line[b], at) : dot4(inner[i][b], line[b], at);
+                }
+        }
+        for (int b = 0; b < blocks; b++) {
+            const uint8_t *at = tile + b * next + code_bytes;
+            const vf scales = LEVEL(scales)(kind, at);
+            vf minimum = {};
+            if (kind == KIND_INT4_MINIMUM) minimum = widen_halves(at + scale_bytes);
             for (int i = 0; i < count; i++) {
-                const int8_t *at = code[i] + g * group + 32 * part;
-                for (int j = 0; j < LINES; j++)
-                    inner[i] = kind == KIND_INT8 ? dot4_wide(inner[i], line[j], at + 4 * j) : dot4(inner[i], line[j], at + 4 * j);
+                total[i][b] += __builtin_convertvector(inner[i][b], vf) * (scales * scale[i][g]);
+                if (kind == KIND_INT4_MINIMUM) total[i][b] += minimum * (scale[i][g] * (float)sum[i][g]);
             }
         }
-        const vf scales = LEVEL(scales)(kind, tile + code_bytes);
-        vf minimum = {};
-        if (kind == KIND_INT4_MINIMUM) minimum = widen_halves(tile + code_bytes + scale_bytes);
-        for (int i = 0; i < count; i++) {
-            total[i] += __builtin_convertvector(inner[i], vf) * (scales * scale[i][g]);
-            if (kind == KIND_INT4_MINIMUM) total[i] += minimum * (scale[i][g] * (float)sum[i][g]);
-        }
     }
-    for (int i = 0; i < count; i++) memcpy(out[i], &total[i], sizeof total[i]);
+    for (int i = 0; i < count; i++)
+        for (int b = 0; b < blocks; b++) memcpy(out[b][first + i], &total[i][b], sizeof(vf));
 }
 
-INLINE void LEVEL(float_rows)(int kind, int group, const matrix *w, const uint8_t *tile, const operand *x,
-                              const int64_t *row, int count, float (*out)[ROWS]) {
-    vf total[AT_ONCE];
+INLINE void LEVEL(float_rows)(int kind, int group, int blocks, const matrix *w, span part, const uint8_t *tile,
+                              const operand *x, const int64_t *row, int count, float (*const *out)[ROWS], int64_t first) {
+    vf total[AT_ONCE][2];
     const float *value[AT_ONCE];
+    const int64_t next = w->groups * w->tile_bytes;
     for (int i = 0; i < count; i++) {
-        total[i] = (vf){};
+        for (int b = 0; b < 2; b++) {
+            total[i][b] = (vf){};
+            if (part.from && b < blocks) memcpy(&total[i][b], out[b][first + i], sizeof(vf));
+        }
         value[i] = x->value + row[i] * x->width;
     }
-    for (int64_t g = 0; g < w->groups; g++, tile += w->tile_bytes) {
-        if (count <= 2)
-            for (int ahead = 0; ahead < w->tile_bytes; ahead += 64) __builtin_prefetch(tile + PREFETCH_BYTES + ahead, 0, 3);
-        vf inner[AT_ONCE];
-        for (int i = 0; i < count; i++) inner[i] = (vf){};
-        for (int part = 0; part < group / LINES; part++) {
-            vf line[LINES];
-            LEVEL(floats)(kind, group, tile, part, line);
-            for (int i = 0; i < count; i++) {
-                const float *at = value[i] + g * group + LINES * part;
-                for (int j = 0; j < LINES; j++) inner[i] += line[j] * at[j];
-            }
+    tile += part.from * w->tile_bytes;
+    for (int64_t g = part.from; g < part.to; g++, tile += w->tile_bytes) {
+        if (!part.warm) LEVEL(fetch)(tile, (g + 1) * w->tile_bytes + PREFETCH_BYTES > next, blocks, next, w->tile_bytes);
+        vf inner[AT_ONCE][2];
+        for (int i = 0; i < count; i++) inner[i][0] = inner[i][1] = (vf){};
+#pragma GCC unroll 8
+        for (int k = 0; k < group; k++) {
+            vf line[2];
+            for (int b = 0; b < blocks; b++) line[b] = LEVEL(floats)(kind, group, tile + b * next, k);
+            for (int i = 0; i < count; i++)
+                for (int b = 0; b < blocks; b++) inner[i][b] += line[b] * value[i][g * group + k];
         }
-        if (kind == KIND_FLOAT8 || kind == KIND_NF4) {
-            const vf scales = widen_halves(tile + w->tile_bytes - 2 * ROWS);
-            for (int i = 0; i < count; i++) total[i] += inner[i] * scales;
-        } else {
-            for (int i = 0; i < count; i++) total[i] += inner[i];
+        for (int b = 0; b < blocks; b++) {
+            vf scales = {};
+            if (kind == KIND_FLOAT8 || kind == KIND_NF4) scales = widen_halves(tile + b * next + w->tile_bytes - 2 * ROWS);
+            for (int i = 0; i < count; i++)
+                total[i][b] += kind == KIND_FLOAT8 || kind == KIND_NF4 ? inner[i][b] * scales : inner[i][b];
         }
     }
-    for (int i = 0; i < count; i++) memcpy(out[i], &total[i], sizeof total[i]);
+    for (int i = 0; i < count; i++)
+        for (int b = 0; b < blocks; b++) memcpy(out[b][first + i], &total[i][b], sizeof(vf));
 }
 
-/* AT_ONCE rows at a time; the compiler makes one loop for a full set and one for a single row. */
-#define ROWS_OF(kind, group, rows)                                                                                     \
+/* AT_ONCE rows at a time, then 4, then single ones. Where several sets of rows need the same tiles, they all take a piece of the
+ * columns that fits the first cache before the next piece; sums continue where they were left, so nothing is added in another
+ * order. */
+#define ROWS_OF(kind, group, blocks, rows)                                                                             \
     do {                                                                                                               \
-        int64_t i = 0;                                                                                                 \
-        for (; i + AT_ONCE <= count; i += AT_ONCE) LEVEL(rows)(kind, group, w, tiles, x, row + i, AT_ONCE, out + i);   \
-        if (AT_ONCE > 4 && i + 4 <= count) {                                                                           \
-            LEVEL(rows)(kind, group, w, tiles, x, row + i, AT_ONCE > 4 ? 4 : 1, out + i);                              \
-            i += 4;                                                                                                    \
+        const int64_t piece = count > AT_ONCE ? 1 + PIECE_BYTES / (blocks * w->tile_bytes) : w->groups;                \
+        for (int64_t from = 0; from < w->groups; from += piece) {                                                      \
+            span part = {from, from + piece < w->groups ? from + piece : w->groups, 0};                                \
+            int64_t i = 0;                                                                                             \
+            for (; i + AT_ONCE <= count; i += AT_ONCE, part.warm = 1)                                                  \
+                LEVEL(rows)(kind, group, blocks, w, part, tiles, x, row + i, AT_ONCE, out, i);                         \
+            for (; AT_ONCE > 4 && i + 4 <= count; i += 4, part.warm = 1)                                               \
+                LEVEL(rows)(kind, group, blocks, w, part, tiles, x, row + i, AT_ONCE > 4 ? 4 : 1, out, i);             \
+            for (; i < count; i++, part.warm = 1) LEVEL(rows)(kind, group, blocks, w, part, tiles, x, row + i, 1, out, i); \
         }                                                                                                              \
-        for (; i < count; i++) LEVEL(rows)(kind, group, w, tiles, x, row + i, 1, out + i);                             \
+    } while (0)
+#define BY_BLOCKS(kind, group, rows)                                                                                   \
+    do {                                                                                                               \
+        if (blocks == 2) ROWS_OF(kind, group, 2, rows);                                                                \
+        else ROWS_OF(kind, group, 1, rows);                                                                            \
     } while (0)
 #define BY_GROUP(kind, rows)                                                                                           \
     do {                                                                                                               \
-        if (w->group == 32) ROWS_OF(kind, 32, rows);                                                                   \
-        else if (w->group == 64) ROWS_OF(kind, 64, rows);                                                              \
-        else ROWS_OF(kind, 128, rows);                                                                                 \
+        if (w->group == 32) BY_BLOCKS(kind, 32, rows);                                                                 \
+        else if (w->group == 64) BY_BLOCKS(kind, 64, rows);                                                            \
+        else BY_BLOCKS(kind, 128, rows);                                                                               \
     } while (0)
 
-static void LEVEL(product)(const matrix *w, const uint8_t *tiles, const operand *x, const int64_t *row, int64_t count,
-                           float (*out)[ROWS]) {
+static void LEVEL(product)(const matrix *w, const uint8_t *tiles, int32_t blocks, const operand *x, const int64_t *row,
+                           int64_t count, float (*const *out)[ROWS]) {
     switch (w->kind) {
-    case KIND_FLOAT32: ROWS_OF(KIND_FLOAT32, 16, float_rows); break;
-    case KIND_BFLOAT16: ROWS_OF(KIND_BFLOAT16, 32, float_rows); break;
-    case KIND_FLOAT8: ROWS_OF(KIND_FLOAT8, 128, float_rows); break;
+    case KIND_FLOAT32: BY_BLOCKS(KIND_FLOAT32, 16, float_rows); break;
+    case KIND_BFLOAT16: BY_BLOCKS(KIND_BFLOAT16, 32, float_rows); break;
+    case KIND_FLOAT8: BY_BLOCKS(KIND_FLOAT8, 128, float_rows); break;
     case KIND_NF4: BY_GROUP(KIND_NF4, float_rows); break;
     case KIND_INT8: BY_GROUP(KIND_INT8, integer_rows); break;
     case KIND_INT4: BY_GROUP(KIND_INT4, integer_rows); break;
     case KIND_INT4_MINIMUM: BY_GROUP(KIND_INT4_MINIMUM, integer_rows); break;
-    default: ROWS_OF(KIND_MXFP4, 32, integer_rows); break;
+    default: BY_BLOCKS(KIND_MXFP4, 32, integer_rows); break;
     }
 }
 
@@ -213,7 +220,7 @@ static void LEVEL(prepare)(const matrix *w, const float *x, int8_t *code, float 
         float check = 0;
         for (int64_t k = 0; k < left; k++) check += x[first + k] * 0;
         scale[g] = largest / 127 + check;
-        sum[g] = total;
+        sum[g] = w->kind == KIND_INT4_MINIMUM ? total : -LEVEL(zero_of)(w->kind) * total;
     }
 }
 
@@ -256,4 +263,54 @@ static void LEVEL(activate)(int32_t activation, float limit, const float *gate, 
     default: y = g * u;
     }
     memcpy(hidden, &y, sizeof y);
+}
+
+static float LEVEL(peak)(int32_t integers, int64_t rounds) {
+    vi whole[CHAINS], weight = (vi){} + 0x01020304 + (int32_t)(rounds & 1);
+    vf real[CHAINS], factor = (vf){} + 0.999f;
+    const int8_t x[4] = {1, -1, 2, -2};
+    for (int i = 0; i < CHAINS; i++) {
+        whole[i] = (vi){} + i;
+        real[i] = (vf){} + (float)i;
+    }
+    if (integers)
+        for (int64_t r = 0; r < rounds; r++)
+            for (int i = 0; i < CHAINS; i++) whole[i] = dot4(whole[i], weight, x);
+    else
+        for (int64_t r = 0; r < rounds; r++)
+            for (int i = 0; i < CHAINS; i++) real[i] = real[i] * factor + factor;
+    float sum = 0;
+    for (int i = 0; i < CHAINS; i++)
+        for (int n = 0; n < ROWS; n++) sum += (float)whole[i][n] + real[i][n];
+    return sum;
+}
+
+INLINE void LEVEL(dots_of)(const float *const *x, int count, const float *w, int64_t columns, float *out) {
+    vf sum[4][2];
+    for (int i = 0; i < count; i++) sum[i][0] = sum[i][1] = (vf){};
+    int64_t k = 0;
+    for (; k + 2 * ROWS <= columns; k += 2 * ROWS)
+        for (int half = 0; half < 2; half++) {
+            vf weight, number;
+            memcpy(&weight, w + k + half * ROWS, sizeof weight);
+            for (int i = 0; i < count; i++) {
+                memcpy(&number, x[i] + k + half * ROWS, sizeof number);
+                sum[i][half] += weight * number;
+            }
+        }
+    for (int i = 0; i < count; i++) {
+        const vf both = sum[i][0] + sum[i][1];
+        float total = 0;
+        for (int n = 0; n < ROWS; n++) total += both[n];
+        for (int64_t rest = k; rest < columns; rest++) total += w[rest] * x[i][rest];
+        out[i] = total;
+    }
+}
+
+static void LEVEL(dots)(const float *const *x, int32_t count, const float *w, int64_t columns, float *out) {
+    if (count == 4) {
+        LEVEL(dots_of)(x, 4, w, columns, out);
+        return;
+    }
+    for (int32_t i = 0; i < count; i++) LEVEL(dots_of)(x + i, 1, w, columns, out + i);
 }

@@ -14,6 +14,13 @@ typedef uint8_t vb __attribute__((vector_size(16)));
 #define JOIN(a, b) PASTE(a, b)
 #define LEVEL(name) JOIN(LEVEL_NAME, name)
 #define PREFETCH_BYTES 3072
+#define PIECE_BYTES (12 << 10) /* of tiles, to be found in the first cache by every set of rows */
+
+/* Groups of columns, and whether the tiles were just read. */
+typedef struct {
+    int64_t from, to;
+    int warm;
+} span;
 
 /* Quantiles of the normal distribution (arXiv 2305.14314), as in moiety/formats. */
 #define MOIETY_NF4                                                                                                     \

@@ -417,7 +417,8 @@ def _effective(config: ModelConfig) -> dict[str, Any]:
     for path in TRAINING:
         del flat[path]
     if not config.dense_layers:
-        flat |= {"d_ff": None, "activation": None, "gated": None}
+        flat |= {"d_ff": None, "activation": None, "gated": None, "feed_forward_bias": None}
+    flat["moe.per_layer"] = [one for one in moe.per_layer if one[1:] != (moe.experts, moe.experts_per_token)]
     if moe.groups == 1:
         flat["moe.group_score"] = None
     if moe.activation != "clamped_swiglu":

@@ -26,10 +26,10 @@ _LLAMA = Family(
     architecture="LlamaForCausalLM",
     keys={
         **COMMON_KEYS, "intermediate_size": "d_ff", "hidden_act": "activation", "attention_bias": BIASES,
+        "mlp_bias": "feed_forward_bias",
     },
-    defaults=COMMON_DEFAULTS,
+    defaults={**COMMON_DEFAULTS, "mlp_bias": False},
     rules=(rope(),),
-    allowed={"mlp_bias": (False,)},
     needs=WHOLE_HEADS,
     tensors={**COMMON_TENSORS, **DENSE_TENSORS},
 )  # fmt: skip

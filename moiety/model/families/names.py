@@ -130,6 +130,8 @@ def _feed_forward(ours: str, theirs: str) -> Tensors:
     return {
         f"{BLOCK}{ours}gate_up": one(f"{theirs}{gate}.weight", f"{theirs}{up}.weight"),
         f"{BLOCK}{ours}down": one(f"{theirs}{down}.weight"),
+        f"{BLOCK}{ours}gate_up_bias": one(f"{theirs}{gate}.bias", f"{theirs}{up}.bias"),
+        f"{BLOCK}{ours}down_bias": one(f"{theirs}{down}.bias"),
     }
 
 

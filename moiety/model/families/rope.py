@@ -185,14 +185,16 @@ def _option(name: str, value: Any) -> Any:
 
 
 def _written(stretched: RopeConfig | None) -> dict[str, Any]:
-    """The keys of a kind, without those that are at their default."""
+    """The keys of a kind, without those that are at their default and that no program insists on."""
     if stretched is None:
         return {"rope_type": "default"}
     if stretched.kind == "alpha":
         return {"rope_type": "dynamic", "type": "dynamic", "alpha": stretched.factor, "factor": 1.0}
     plain = RopeConfig(kind=stretched.kind, original_positions=1, short_factor=(1.0,), long_factor=(1.0,))
     written: dict[str, Any] = {"rope_type": stretched.kind, "type": stretched.kind}
-    always = ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor")
+    always = (
+        "factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow",
+    )  # fmt: skip
     for name in KINDS[stretched.kind]:
         ours = "original_positions" if name == "original_max_position_embeddings" else name
         value = getattr(stretched, ours)

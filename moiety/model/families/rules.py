@@ -14,6 +14,7 @@ from moiety.model.families.base import Match, Rule
 from moiety.model.families.values import Values, number, whole
 
 __all__ = [
+    "biases",
     "dense_layers_between",
     "dense_layers_first",
     "dense_layers_named",
@@ -194,6 +195,31 @@ def shared_experts(key: str = "n_shared_experts") -> Rule:
     def write(config: ModelConfig) -> dict[str, Any]:
         assert config.moe is not None
         return {key: config.moe.shared_d_ff // config.moe.d_ff}
+
+    return Rule(keys=(key,), read=read, write=write)
+
+
+def biases(key: str, shared: str, *paths: str) -> Rule:
+    """One key for the biases of dense feed-forwards and shared experts, never of routed ones.
+
+    Args:
+        key: That key.
+        shared: The key of the number of shared experts.
+        paths: Our options that it switches too.
+    """
+
+    def read(values: Values, match: Match) -> dict[str, Any]:
+        biased = values.flag(key)
+        has_shared = whole(values.get(shared, values[shared] or 0), shared) > 0
+        return {
+            "feed_forward_bias": biased,
+            "moe.shared_bias": biased and has_shared,
+            **dict.fromkeys(paths, biased),
+        }
+
+    def write(config: ModelConfig) -> dict[str, Any]:
+        assert config.moe is not None
+        return {key: config.feed_forward_bias or config.moe.shared_bias}
 
     return Rule(keys=(key,), read=read, write=write)
 

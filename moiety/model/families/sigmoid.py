@@ -25,6 +25,7 @@ from moiety.model.families.names import (
 )
 from moiety.model.families.rope import rope
 from moiety.model.families.rules import (
+    biases,
     dense_layers_first,
     groups,
     late,
@@ -94,16 +95,16 @@ _DEEPSEEK_V2 = Family(
     aliases={"num_experts": "n_routed_experts", "num_local_experts": "n_routed_experts"},
     defaults={
         **COMMON_DEFAULTS, "norm_topk_prob": False, "routed_scaling_factor": 1.0, "first_k_dense_replace": 0,
-        "topk_method": "greedy",
+        "topk_method": "greedy", "mlp_bias": False,
     },
     absent={"n_shared_experts": 2},
     fixed={"moe.group_score": "max"},
     rules=(
         latent_attention(), rope(), dense_layers_first(), shared_experts(), groups(), _v2_choice(),
-        _no_prediction(),
+        biases("mlp_bias", "n_shared_experts"), _no_prediction(),
     ),
     constants={"scoring_func": "softmax", "moe_layer_freq": 1},
-    allowed={"mlp_bias": (False,), "topk_method": ("greedy", "group_limited_greedy")},
+    allowed={"topk_method": ("greedy", "group_limited_greedy")},
     ignored=_LATENT_IGNORED,
     needs={**WHOLE_HEADS, **SHARED},
     tensors=_GROUPED_TENSORS,

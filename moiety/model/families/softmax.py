@@ -29,6 +29,7 @@ from moiety.model.families.names import (
 )
 from moiety.model.families.rope import rope
 from moiety.model.families.rules import (
+    biases,
     dense_layers_between,
     dense_layers_named,
     even_heads,
@@ -333,16 +334,19 @@ _ERNIE = Family(
     aliases={"num_experts": "moe_num_experts", "num_experts_per_tok": "moe_k"},
     defaults={
         **COMMON_DEFAULTS, "rms_norm_eps": 1e-5, "tie_word_embeddings": True,
-        "moe_layer_start_index": 1, "moe_layer_end_index": -1, "moe_layer_interval": 1,
+        "moe_layer_start_index": 1, "moe_layer_end_index": -1, "moe_layer_interval": 1, "use_bias": False,
     },
     absent={"moe_num_shared_experts": 2},
     fixed={"moe.selection_bias": True, "attention.rope_pairs": "interleaved"},
-    rules=(rope(500_000.0), shared_experts("moe_num_shared_experts"), dense_layers_between()),
-    constants={"use_bias": False, "moe_norm_min": 1e-12},
+    rules=(
+        rope(500_000.0), shared_experts("moe_num_shared_experts"), dense_layers_between(),
+        biases("use_bias", "moe_num_shared_experts", *BIASES, "head_bias"),
+    ),
+    constants={"moe_norm_min": 1e-12},
     allowed={"moe_use_aux_free": (True,), "moe_gate": ("topk",), "moe_gate_act": ("softmax",)},
     ignored=frozenset({"moe_capacity", "num_nextn_predict_layers", "moe_dropout_prob"}),
     tensors={
-        **COMMON_TENSORS, **DENSE_TENSORS, **shared_tensors("mlp.shared_experts"),
+        **COMMON_TENSORS, **DENSE_TENSORS, **shared_tensors("mlp.shared_experts"), "head.bias": one("lm_head.bias"),
         **expert_tensors(
             bias="moe_statics.e_score_correction_bias",
             new_bias="gate.moe_statics.e_score_correction_bias",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -33,6 +33,7 @@ __all__ = [
     "load_config",
     "load_gguf",
     "read_chat_template",
+    "read_ends",
     "read_special_tokens",
     "read_tokenizer",
     "save_gguf",
@@ -134,7 +135,7 @@ def read_tokenizer(path: str | Path) -> Tokenizer:
     """The vocabulary inside a GGUF file.
 
     Raises:
-        FormatError: not such a file, or its vocabulary is missing, damaged or not byte-level BPE.
+        FormatError: not such a file, or its vocabulary is missing, damaged or of another kind.
     """
     return vocabulary.read(header.read_file(path))
 
@@ -142,6 +143,11 @@ def read_tokenizer(path: str | Path) -> Tokenizer:
 def read_chat_template(path: str | Path) -> str | None:
     """The chat template inside a GGUF file, as text; None where there is none."""
     return vocabulary.chat_template(header.read_file(path))
+
+
+def read_ends(path: str | Path) -> tuple[int, ...]:
+    """The tokens of a GGUF file that end an answer besides its end token."""
+    return vocabulary.ends(header.read_file(path))
 
 
 def read_special_tokens(path: str | Path) -> dict[str, str]:
@@ -157,6 +163,7 @@ def save_gguf(
     *,
     chat_template: str | None = None,
     name: str | None = None,
+    ends: Sequence[int] = (),
 ) -> str:
     """Write a model as a GGUF file; one that is there is replaced in one step.
 
@@ -169,6 +176,7 @@ def save_gguf(
         tokenizer: Written into the file; None writes a file that takes and gives token numbers.
         chat_template: Written into the file.
         name: The model's name in the file; None takes the file's.
+        ends: Tokens that end an answer besides the tokenizer's end token, at most two.
 
     Returns:
         The architecture it was written as.
@@ -193,7 +201,7 @@ def save_gguf(
     }
     if kind.startswith("q"):
         values["general.quantization_version"] = QUANTISATION_VERSION
-    values |= vocabulary.metadata(tokenizer, model.config.vocab_size)
+    values |= vocabulary.metadata(tokenizer, model.config.vocab_size, ends)
     if chat_template is not None:
         values["tokenizer.chat_template"] = chat_template
     entries = _entries(model.config, row, state, kind)
@@ -334,8 +342,8 @@ def _value(value: Any) -> bytes:
     if isinstance(value, str):
         return struct.pack("<I", header.STRING) + _text(value)
     if isinstance(value, np.ndarray):
-        assert value.dtype == np.int32, value.dtype
-        return struct.pack("<IIQ", header.ARRAY, 5, len(value)) + value.tobytes()
+        kind = {np.dtype(np.int32): 5, np.dtype(np.float32): 6}[value.dtype]
+        return struct.pack("<IIQ", header.ARRAY, kind, len(value)) + value.tobytes()
     assert isinstance(value, list), value
     count = struct.pack("<IIQ", header.ARRAY, header.STRING, len(value))
     return count + b"".join(_text(text) for text in value)

@@ -88,6 +88,7 @@ class _Reader:
             d_ff=moe.d_ff if wide and moe is not None else self.integer("feed_forward_length"),
             moe=moe,
             dense_layers=dense_layers,
+            feed_forward_bias=self.row.qkv_bias is None and "blk.0.ffn_down.bias" in self.shapes,
             norm_eps=self.number("attention.layer_norm_rms_epsilon"),
             tied="output.weight" not in self.shapes,
             max_positions=self.integer("context_length"),
@@ -455,7 +456,7 @@ def _essence(config: ModelConfig, row: Architecture) -> dict[str, Any]:
     inert = {"moe.balance_loss", "moe.z_loss", "moe.bias_rate", "moe.bias_rule"}
     attention, moe = config.attention, config.moe
     if moe is not None and not config.dense_layers:
-        inert |= {"d_ff", "activation", "gated"}
+        inert |= {"d_ff", "activation", "gated", "feed_forward_bias"}
     if moe is not None and moe.groups == 1:
         inert |= {"moe.group_score", "moe.groups_kept"}
     if attention.mla is not None:

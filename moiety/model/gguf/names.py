@@ -29,7 +29,8 @@ class Architecture:
         renormalize: Whether chosen weights are divided by their sum; None if the metadata says.
         shared: Whether there is a shared expert, and whether it has a gate.
         qk_norm: Norm of queries and keys.
-        qkv_bias: True if queries, keys and values always have biases, None if they may.
+        qkv_bias: True if queries, keys and values always have biases, None if they may, and outputs and dense
+            feed-forwards too.
         latent: Multi-head latent attention.
         own_output: It has an output head of its own even where that is the embedding.
         whole_width: Its query heads together are as wide as the model.
@@ -121,6 +122,7 @@ _WHOLE: Mapping[str, str] = {
     "attention.kv_a.weight": "attn_kv_a_mqa.weight",
     "attention.kv_a_norm.weight": "attn_kv_a_norm.weight",
     "feed_forward.down": "ffn_down.weight",
+    "feed_forward.down_bias": "ffn_down.bias",
     "feed_forward.gate.weight": "ffn_gate_inp.weight",
     "feed_forward.selection_bias": "exp_probs_b.bias",
     "feed_forward.shared.down": "ffn_down_shexp.weight",
@@ -128,6 +130,7 @@ _WHOLE: Mapping[str, str] = {
 # Ours to theirs where ours is several of theirs, one below the other.
 _STACKED_ROWS: Mapping[str, tuple[str, ...]] = {
     "feed_forward.gate_up": ("ffn_gate.weight", "ffn_up.weight"),
+    "feed_forward.gate_up_bias": ("ffn_gate.bias", "ffn_up.bias"),
     "feed_forward.shared.gate_up": ("ffn_gate_shexp.weight", "ffn_up_shexp.weight"),
 }
 

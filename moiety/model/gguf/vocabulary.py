@@ -1,5 +1,6 @@
-"""The vocabulary inside a GGUF file: byte-level BPE to our tokenizer and back, special tokens, the chat template.
+"""The vocabulary inside a GGUF file to our tokenizer and back, special tokens, the chat template.
 
+Byte-level BPE is here, SentencePiece in `sentencepiece.py`.
 A file names its way of splitting text before merging (`tokenizer.ggml.pre`) and leaves the expressions to the program
 that reads it. Here they stand once, in the form that the models' own tokenizers have them.
 """
@@ -7,7 +8,7 @@ that reads it. Here they stand once, in the form that the models' own tokenizers
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,14 +16,16 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
 from moiety.errors import FormatError, UsageError
+from moiety.model.gguf import sentencepiece
 from moiety.model.gguf.header import GGUFFile
-from moiety.model.tokenizer import Tokenizer
+from moiety.model.tokenizer import Tokenizer, put_before
 
-__all__ = ["SPLITS", "chat_template", "metadata", "read", "special_tokens"]
+__all__ = ["SPLITS", "chat_template", "ends", "metadata", "read", "special_tokens"]
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5
 GPT2 = "gpt2"  # `tokenizer.ggml.model` of byte-level BPE
-SPECIAL = ("bos", "eos", "unknown", "padding")
+SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+ENDS = ("tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")  # end an answer as eos does
 VOCABULARY_MAX = 1 << 20
 
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -74,16 +77,41 @@ def read(file: GGUFFile) -> Tokenizer:
     """The vocabulary of a file as our tokenizer.
 
     Raises:
-        FormatError: missing, damaged, or not byte-level BPE with a known way of splitting.
+        FormatError: missing, damaged, or neither byte-level BPE with a known way of splitting nor SentencePiece's
+            BPE with bytes to fall back on.
     """
     pieces, kinds = _tokens(file)
-    name = file.values.get("tokenizer.ggml.pre")
-    if not isinstance(name, str) or name not in SPLITS:
-        raise file.error("tokenizer.ggml.pre", f"is {name!r}", f"known are {', '.join(SPLITS)}")
     vocabulary = {piece: token for token, piece in enumerate(pieces)}
     if len(vocabulary) < len(pieces):
         twice = next(piece for token, piece in enumerate(pieces) if vocabulary[piece] != token)
         raise file.error("tokenizer.ggml.tokens", f"has {twice!r} twice")
+    if file.values["tokenizer.ggml.model"] == sentencepiece.SENTENCEPIECE:
+        inner, begins = sentencepiece.build(file, vocabulary, kinds), True
+    else:
+        inner = _byte_level(file, vocabulary)
+        begins = file.values["tokenizer.ggml.pre"] in WHOLE_WORDS
+    added = [piece for piece, kind in zip(pieces, kinds, strict=True) if kind in (UNKNOWN, CONTROL, UNUSED)]
+    inner.add_special_tokens([AddedToken(piece, normalized=False, special=True) for piece in added])
+    own = [piece for piece, kind in zip(pieces, kinds, strict=True) if kind == USER_DEFINED]
+    inner.add_tokens([AddedToken(piece, normalized=False, special=False) for piece in own])
+    named = special_tokens(file)
+    if "eos_token" not in named:
+        raise file.error("tokenizer.ggml.eos_token_id", "is missing", "an end token is needed")
+    begins = file.values.get(
+        "tokenizer.ggml.add_bos_token", begins
+    )  # what llama.cpp takes where none is said
+    if begins and "bos_token" in named:
+        put_before(inner, named["bos_token"])
+    try:
+        return Tokenizer(inner, end_token=named["eos_token"], special_tokens=named)
+    except FormatError as error:
+        raise file.error("tokenizer.ggml.tokens:", error.message, error.hint) from error
+
+
+def _byte_level(file: GGUFFile, vocabulary: dict[str, int]) -> tokenizers.Tokenizer:
+    name = file.values.get("tokenizer.ggml.pre")
+    if not isinstance(name, str) or name not in SPLITS:
+        raise file.error("tokenizer.ggml.pre", f"is {name!r}", f"known are {', '.join(SPLITS)}")
     inner = tokenizers.Tokenizer(
         models.BPE(vocab=vocabulary, merges=_merges(file, vocabulary), ignore_merges=name in WHOLE_WORDS)
     )
@@ -91,17 +119,7 @@ def read(file: GGUFFile) -> Tokenizer:
     inner.decoder = decoders.ByteLevel()
     if name in COMPOSED:
         inner.normalizer = normalizers.NFC()
-    added = [piece for piece, kind in zip(pieces, kinds, strict=True) if kind in (UNKNOWN, CONTROL, UNUSED)]
-    inner.add_special_tokens([AddedToken(piece, normalized=False, special=True) for piece in added])
-    own = [piece for piece, kind in zip(pieces, kinds, strict=True) if kind == USER_DEFINED]
-    inner.add_tokens([AddedToken(piece, normalized=False, special=False) for piece in own])
-    end = special_tokens(file).get("eos_token")
-    if end is None:
-        raise file.error("tokenizer.ggml.eos_token_id", "is missing", "an end token is needed")
-    try:
-        return Tokenizer(inner, end_token=end)
-    except FormatError as error:
-        raise file.error("tokenizer.ggml.tokens:", error.message, error.hint) from error
+    return inner
 
 
 def chat_template(file: GGUFFile) -> str | None:
@@ -115,24 +133,34 @@ def chat_template(file: GGUFFile) -> str | None:
 def special_tokens(file: GGUFFile) -> dict[str, str]:
     """The special tokens that a file names: `bos_token`, `eos_token`, `unk_token`, `pad_token`."""
     pieces, _ = _tokens(file)
-    named = {}
-    for key, ours in zip(SPECIAL, ("bos_token", "eos_token", "unk_token", "pad_token"), strict=True):
-        token = file.values.get(f"tokenizer.ggml.{key}_token_id")
-        if token is None:
-            continue
-        if not isinstance(token, int) or not 0 <= token < len(pieces):
-            raise file.error(
-                f"tokenizer.ggml.{key}_token_id", f"is {token!r}; tokens are 0 to {len(pieces) - 1}"
-            )
-        named[ours] = pieces[token]
-    return named
+    ids = {ours: _named(file, f"tokenizer.ggml.{key}_token_id", len(pieces)) for ours, key in SPECIAL.items()}
+    return {ours: pieces[token] for ours, token in ids.items() if token is not None}
 
 
-def metadata(tokenizer: Tokenizer | None, vocab_size: int) -> dict[str, Any]:
+def ends(file: GGUFFile) -> tuple[int, ...]:
+    """The tokens besides `eos_token` that end an answer."""
+    pieces, _ = _tokens(file)
+    return tuple(token for key in ENDS if (token := _named(file, key, len(pieces))) is not None)
+
+
+def _named(file: GGUFFile, key: str, vocab_size: int) -> int | None:
+    token = file.values.get(key)
+    if token is None or (isinstance(token, int) and 0 <= token < vocab_size):
+        return token
+    raise file.error(key, f"is {token!r}; tokens are 0 to {vocab_size - 1}")
+
+
+def metadata(tokenizer: Tokenizer | None, vocab_size: int, ends: Sequence[int] = ()) -> dict[str, Any]:
     """What a file says of a vocabulary; tokens that only the model has are filled in as unused.
 
+    Args:
+        tokenizer: What to write; None notes that there is none.
+        vocab_size: Of the model.
+        ends: Tokens that end an answer as the end token does.
+
     Raises:
-        UsageError: the tokenizer is larger than the model's vocabulary, or GGUF has no name for how it splits text.
+        UsageError: the tokenizer is larger than the model's vocabulary, GGUF has no name for how it splits text,
+            or more ends than it has places for.
     """
     if tokenizer is None:
         return {"tokenizer.ggml.model": "none"}
@@ -149,27 +177,62 @@ def metadata(tokenizer: Tokenizer | None, vocab_size: int) -> dict[str, Any]:
         pieces[token], kinds[token] = piece, NORMAL
     for token, one in added.items():
         pieces[token], kinds[token] = one["content"], CONTROL if one["special"] else USER_DEFINED
+    special = _special_metadata(tokenizer, {piece: token for token, piece in enumerate(pieces)}, ends)
+    if model.get("byte_fallback"):
+        unknown = special.get("tokenizer.ggml.unknown_token_id")
+        if unknown is not None:
+            kinds[unknown] = UNKNOWN
+        return {**sentencepiece.metadata(said, pieces, kinds, tokenizer.adds_space), **special}
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
     return {
         "tokenizer.ggml.model": GPT2,
+        **special,
         "tokenizer.ggml.pre": _name_of_split(said),
         "tokenizer.ggml.tokens": pieces,
         "tokenizer.ggml.token_type": kinds,
         "tokenizer.ggml.merges": merges,
-        "tokenizer.ggml.eos_token_id": tokenizer.end_id,
-        "tokenizer.ggml.padding_token_id": tokenizer.end_id,
-        "tokenizer.ggml.add_bos_token": False,
         "tokenizer.ggml.add_space_prefix": False,
+    }
+
+
+def _special_metadata(
+    tokenizer: Tokenizer, vocabulary: Mapping[str, int], ends: Sequence[int]
+) -> dict[str, Any]:
+    """Which tokens begin, end and fill, and which a program puts around a text."""
+    around, end_id = tokenizer.around, tokenizer.end_id
+    named = {
+        ours: vocabulary[piece] for ours, piece in tokenizer.special_tokens.items() if piece in vocabulary
+    }
+    if around and around[0] != end_id:
+        named.setdefault("bos_token", around[0])
+    named = {"pad_token": end_id, **named, "eos_token": end_id}
+    more = [token for token in dict.fromkeys(ends) if token != end_id]
+    if len(more) > len(ENDS):
+        raise UsageError(
+            f"a GGUF names the end token and {len(ENDS)} more that end an answer; here are {len(more)} more: {more}",
+            hint="leave some out of eos_token_id in generation_config.json",
+        )
+    beyond = [token for token in more if not 0 <= token < len(vocabulary)]
+    if beyond:
+        raise UsageError(
+            f"tokens {beyond} are to end an answer; the vocabulary is 0 to {len(vocabulary) - 1}"
+        )
+    begins = around[:1] == (named.get("bos_token"),)
+    return {
+        **{f"tokenizer.ggml.{key}_token_id": named[ours] for ours, key in SPECIAL.items() if ours in named},
+        **dict(zip(ENDS, more, strict=False)),
+        "tokenizer.ggml.add_bos_token": begins,
+        "tokenizer.ggml.add_eos_token": around[int(begins) :] == (end_id,),
     }
 
 
 def _tokens(file: GGUFFile) -> tuple[list[str], list[int]]:
     model = file.values.get("tokenizer.ggml.model")
-    if not isinstance(model, str) or model != GPT2:
+    if not isinstance(model, str) or model not in (GPT2, sentencepiece.SENTENCEPIECE):
         raise file.error(
             "tokenizer.ggml.model",
-            f"is {model!r}; allowed is {GPT2!r}, byte-level BPE",
-            "SentencePiece vocabularies are not supported; the model itself loads without",
+            f"is {model!r}; allowed is {GPT2!r}, byte-level BPE, and {sentencepiece.SENTENCEPIECE!r}, SentencePiece's",
+            "other vocabularies are not supported; the model itself loads without",
         )
     pieces = file.values.get("tokenizer.ggml.tokens")
     if not isinstance(pieces, list) or not 1 <= len(pieces) <= VOCABULARY_MAX:
@@ -182,10 +245,11 @@ def _tokens(file: GGUFFile) -> tuple[list[str], list[int]]:
             "tokenizer.ggml.token_type", f"does not have a number for each of {len(pieces)} tokens"
         )
     listed: list[int] = kinds.tolist()
-    wrong = next((token for token, kind in enumerate(listed) if not NORMAL <= kind <= UNUSED), None)
+    most = UNUSED if model == GPT2 else sentencepiece.BYTE
+    wrong = next((token for token, kind in enumerate(listed) if not NORMAL <= kind <= most), None)
     if wrong is not None:
         raise file.error(
-            "tokenizer.ggml.token_type", f"is {listed[wrong]} for token {wrong}; allowed is 1 to 5"
+            "tokenizer.ggml.token_type", f"is {listed[wrong]} for token {wrong}; allowed is 1 to {most}"
         )
     return pieces, listed
 

@@ -29,6 +29,7 @@ from moiety.moe.routers.token_choice import (
     Switch,
     TopK,
     TopP,
+    compiled,
 )
 from moiety.moe.routers.wrappers import (
     CostAware,
@@ -69,6 +70,7 @@ __all__ = [
     "TopK",
     "TopP",
     "choose_top_k",
+    "compiled",
     "from_config",
     "keep_groups",
     "options_of",

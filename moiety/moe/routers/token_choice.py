@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from moiety.backends.cpu_routing import Best
 from moiety.errors import ConfigError
 from moiety.moe.routers.base import (
     TINY,
@@ -20,7 +21,18 @@ from moiety.moe.routers.base import (
 )
 from moiety.routing import Routing, top_k
 
-__all__ = ["GShard", "Hash", "NoisyTopK", "ReLU", "SigmoidTopK", "SparseMixer", "Switch", "TopK", "TopP"]
+__all__ = [
+    "GShard",
+    "Hash",
+    "NoisyTopK",
+    "ReLU",
+    "SigmoidTopK",
+    "SparseMixer",
+    "Switch",
+    "TopK",
+    "TopP",
+    "compiled",
+]
 
 
 @dataclass(frozen=True)
@@ -39,6 +51,7 @@ class TopK:
         groups_kept: Let a token choose from this many groups.
         group_best: Judge a group by the sum of this many best experts; 1 in DeepSeek-V2.
         bias: Keep a selection bias as `SigmoidTopK` does; ERNIE-4.5 has one.
+        cap: Logits become cap * tanh(logit / cap) before the softmax (Grok-2); 0 is off.
     """
 
     k: int
@@ -48,16 +61,21 @@ class TopK:
     groups_kept: int = 1
     group_best: int = 1
     bias: bool = False
+    cap: float = 0.0
 
     @property
     def needs(self) -> Needs:
         return Needs(bias=self.bias)
 
     def check(self, experts: int) -> None:
+        if not 0 <= self.cap < math.inf:
+            raise ConfigError(f"cap is {self.cap}; it must be 0 (off) or a positive number")
         check_k(self.k, experts)
         check_groups(self.k, experts, self.groups, self.groups_kept, self.group_best)
 
     def score(self, logits_TE: Tensor, context: RouterContext) -> Tensor:
+        if self.cap:
+            logits_TE = self.cap * (logits_TE / self.cap).tanh()
         return logits_TE.softmax(dim=-1)
 
     def choose(self, score_TE: Tensor, context: RouterContext) -> Routing:
@@ -423,3 +441,21 @@ class SparseMixer:
             best_T1 = logits_TE.masked_fill(gone_TE, float("-inf")).amax(dim=-1, keepdim=True)
             far_TE = (best_T1 - logits_TE) / torch.maximum(logits_TE.abs(), best_T1) > 2 * self.jitter
         return logits_TE.masked_fill(far_TE | gone_TE, float("-inf"))
+
+
+def compiled(router: object) -> Best | None:
+    """The same decision for the compiled kernel; None for routers that it does not know, and inside of others."""
+    if type(router) not in (TopK, SigmoidTopK):
+        return None
+    assert isinstance(router, TopK | SigmoidTopK)
+    sigmoid = isinstance(router, SigmoidTopK)
+    return Best(
+        k=router.k,
+        sigmoid=sigmoid,
+        renormalize=router.renormalize,
+        tiny=1e-20 if sigmoid else TINY,
+        scale=router.scale,
+        groups=router.groups,
+        groups_kept=router.groups_kept,
+        group_best=router.group_best,
+    )

@@ -168,7 +168,7 @@ class SoftToSparse(Around):
 
     Args:
         router: One with a k.
-        experts_per_token: Over the steps, rounded; outside of training it is the router's own k.
+        experts_per_token: Over the steps, rounded; its end is the router's own k, which holds outside of training.
     """
 
     experts_per_token: Schedule
@@ -176,6 +176,12 @@ class SoftToSparse(Around):
     def check(self, experts: int) -> None:
         for k in self.experts_per_token.values:
             with_k(self.router, round(k)).check(experts)
+        end = round(self.experts_per_token.end)
+        if with_k(self.router, end) != self.router:
+            raise ConfigError(
+                f"experts per token end at {end}, but the router inside has another k: {self.router}",
+                hint="end at the router's own k, which it uses outside of training",
+            )
         super().check(experts)
 
     def _now(self, context: RouterContext) -> Router:

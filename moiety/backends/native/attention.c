@@ -1,0 +1,91 @@
+/* Attention over paged keys and values, and norms of rows: one file compiled for every level. See attention.h. */
+#define LEVEL_NAME portable
+#include "vectors.h"
+
+#include "attention.h"
+
+typedef uint16_t vh __attribute__((vector_size(32)));
+typedef float vf8 __attribute__((vector_size(32)));
+typedef float vf4 __attribute__((vector_size(16)));
+typedef int32_t vi8 __attribute__((vector_size(32)));
+typedef int32_t vi4 __attribute__((vector_size(16)));
+
+typedef struct {
+    float *x;          /* (rows, width) */
+    const float *add;  /* the same shape, or NULL */
+    const float *weight;
+    float *out;
+    int64_t width;
+    float eps;
+} norm_job;
+
+typedef struct {
+    task prepare, attend, norm;
+} attention_tasks;
+
+#define ROWS_AT_ONCE 2
+#define SUMS 4
+#include "attention_tile.h"
+
+#if defined(__x86_64__)
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#endif
+#define LEVEL_NAME avx2
+#define ROWS_AT_ONCE 2
+#define SUMS 4
+#include "attention_tile.h"
+#ifdef __clang__
+#pragma clang attribute pop
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=512")
+#endif
+#define LEVEL_NAME avx512
+#define ROWS_AT_ONCE 8
+#define SUMS 16
+#include "attention_tile.h"
+#ifdef __clang__
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif
+
+static const attention_tasks *tasks_of(int32_t level) {
+#if defined(__x86_64__)
+    if (level == LEVEL_AVX2) return &avx2_attention;
+    if (level > LEVEL_AVX2) return &avx512_attention;
+#endif
+    return &portable_attention;
+}
+
+/* New keys and values into their pages, then every new token's answer. */
+EXPORT void moiety_attention(const attention_layer *a, const attention_step *s, const float *qkv, float *out, const crew *who) {
+    const attention_tasks *tasks = tasks_of(who->level);
+    attention_job j = {.layer = a, .step = s, .qkv = qkv, .out = out};
+    j.pieces = s->tokens < 2 * who->threads && a->kv_heads >= who->threads ? who->threads : 1;
+    j.rows = TASK_FLOATS / a->value_width / 8 * 8;
+    j.rows = j.rows > MOST_ROWS ? MOST_ROWS : j.rows;
+    s->first_task[0] = 0;
+    for (int64_t b = 0; b < s->sequences; b++) {
+        const int64_t rows = (s->first_token[b + 1] - s->first_token[b]) * (a->heads / a->kv_heads);
+        s->first_task[b + 1] = s->first_task[b] + (rows + j.rows - 1) / j.rows * a->kv_heads;
+    }
+    const phase phases[] = {{tasks->prepare, s->tokens * j.pieces}, {tasks->attend, s->first_task[s->sequences]}};
+    run_phases(who, &j, phases, 2);
+}
+
+/* out = norm(x), after x += add. */
+EXPORT void moiety_rms_norm(float *x, const float *add, const float *weight, float eps, float *out, int64_t rows, int64_t width,
+                            const crew *who) {
+    norm_job j = {x, add, weight, out, width, eps};
+    const phase phases[] = {{tasks_of(who->level)->norm, rows}};
+    const crew alone = {NULL, 1, who->level};
+    run_phases(rows * width < 1 << 16 ? &alone : who, &j, phases, 1);
+}

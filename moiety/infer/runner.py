@@ -1,0 +1,124 @@
+"""A scheduled step as tensors: tokens and pages in, drawn tokens out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, final
+
+import torch
+from torch import Tensor
+
+from moiety.errors import MoietyError
+from moiety.infer.request import Request
+from moiety.infer.sampling import Draw, best, not_finite, sample
+from moiety.infer.scheduler import Slice
+from moiety.model.paged import PagedStep, PagePool
+from moiety.model.transformer import Transformer
+from moiety.routing import Routing
+
+__all__ = ["Drawn", "Outcome", "Runner", "imbalance"]
+
+
+class Drawn(NamedTuple):
+    """A token, and where the request asked for it ln p of it and of the best ones, by the logits as they came."""
+
+    token: int
+    logprob: float | None
+    top: tuple[tuple[int, float], ...]
+
+
+class Outcome(NamedTuple):
+    """What came of a slice: tokens, none in the middle of a prompt; why the next one could not be drawn."""
+
+    drawn: list[Drawn]
+    error: str = ""
+
+
+@final
+class Runner:
+    """A model and its pages.
+
+    Args:
+        model: In evaluation mode.
+        pages: How many pages its memory has.
+        page_tokens: Tokens of each.
+    """
+
+    def __init__(self, model: Transformer, pages: int, page_tokens: int) -> None:
+        self._model = model
+        self.pool = PagePool(model.config, pages, page_tokens, dtype=model.embed.weight.dtype)
+        self.imbalance = 0.0
+
+    @torch.inference_mode()
+    def run(self, slices: Sequence[Slice]) -> list[Outcome]:
+        """One forward pass; then tokens after each slice that draws, to the first that its guesses did not foresee."""
+        tokens = [piece.tokens for piece in slices]
+        step = PagedStep(
+            self.pool,
+            [piece.request.table.pages for piece in slices],
+            [piece.start for piece in slices],
+            [len(some) for some in tokens],
+        )
+        output = self._model(torch.tensor([[token for some in tokens for token in some]]), cache=step)
+        self.imbalance = imbalance(list(output.routing.values()))
+        finite_T = output.hidden[0].isfinite().all(-1).tolist()
+        rows: list[int] = []
+        firsts, first = [], 0
+        for piece, some in zip(slices, tokens, strict=True):
+            firsts.append((first, len(rows)))
+            if piece.draws:
+                rows += range(first + piece.size - 1, first + len(some))
+            first += len(some)
+        logits_NV = output.at(torch.tensor(rows, dtype=torch.int64))
+        return [
+            _outcome(piece, logits_NV[row:], all(finite_T[first : first + piece.size]))
+            for piece, (first, row) in zip(slices, firsts, strict=True)
+        ]
+
+
+def _outcome(piece: Slice, logits_NV: Tensor, is_sound: bool) -> Outcome:
+    """What is drawn after one slice, whose logits come first in `logits_NV`."""
+    if not is_sound:
+        return Outcome([], str(not_finite()))
+    drawn: list[Drawn] = []
+    if not piece.draws:
+        return Outcome(drawn)
+    request, answer = piece.request, piece.request.answer
+    for row in range(1 + len(piece.drafts)):
+        short = request.drawn + row < request.options.min_tokens
+        draw = Draw(
+            options=request.options.sampling,
+            prompt=request.prompt,
+            answer=[*answer, *piece.drafts[:row]],
+            forbidden=request.ends if short else frozenset(),
+            bias=request.options.logit_bias,
+        )
+        try:
+            token = int(sample(logits_NV[row : row + 1], [draw]))
+        except MoietyError as error:
+            return Outcome(drawn, str(error))
+        drawn.append(_described(token, logits_NV[row], request))
+        if row == len(piece.drafts) or token != piece.drafts[row]:
+            break
+    return Outcome(drawn)
+
+
+def _described(token: int, logits_V: Tensor, request: Request) -> Drawn:
+    """The token with the logarithms that were asked for."""
+    wanted = request.options.logprobs
+    if wanted is None:
+        return Drawn(token, None, ())
+    logprob_V = logits_V.float().log_softmax(-1)
+    top: tuple[tuple[int, float], ...] = ()
+    if wanted:
+        values_C, token_C = best(logprob_V, wanted)
+        top = tuple(zip(token_C.tolist(), values_C.tolist(), strict=True))
+    return Drawn(token, float(logprob_V[token]), top)
+
+
+def imbalance(routings: Sequence[Routing]) -> float:
+    """Pairs of a layer's busiest expert over the mean of its experts, the mean over layers; 0 without any pair."""
+    if not routings:
+        return 0.0
+    counts_LE = torch.stack([routing.counts_E for routing in routings]).float()
+    return float((counts_LE.amax(1) / counts_LE.mean(1).clamp(min=1e-9)).mean())
