@@ -94,7 +94,7 @@ def choose(
     obstacles = {
         "latent attention has no kernel": latent,
         "gradients are recorded": grad,
-        f"activations are {dtype} on {device}": dtype != torch.float32 or device != "cpu",
+        f"activations are {dtype} on {device}": dtype not in (torch.float32, torch.bfloat16) or device != "cpu",
         f"pages are in {stored}": stored not in (torch.float32, torch.bfloat16),
         f"a page of {page_tokens} tokens is no multiple of {BLOCK}": page_tokens % BLOCK != 0,
         f"head_dim is {head_dim}, above {MOST_HEAD_DIM}": head_dim > MOST_HEAD_DIM,
@@ -223,14 +223,14 @@ def attention(layer: PagedLayer, step: RaggedStep, qkv_1TW: Tensor) -> Tensor:
     Args:
         layer: Options and memory.
         step: Whose tokens they are.
-        qkv_1TW: What the projection of queries, keys and values gave, float32 (1, T, (heads + 2 kv_heads) * head_dim).
+        qkv_1TW: What the projection of queries, keys and values gave, (1, T, (heads + 2 kv_heads) * head_dim).
     """
-    assert qkv_1TW.shape == (1, step.tokens, layer.width) and qkv_1TW.dtype == torch.float32, qkv_1TW.shape
-    rows_1TW = qkv_1TW.contiguous()
+    assert qkv_1TW.shape == (1, step.tokens, layer.width), qkv_1TW.shape
+    rows_1TW = qkv_1TW.float().contiguous()
     y_1TW = torch.empty(1, step.tokens, layer.out_width)
     address = cpu.crew()
     _library().moiety_attention(layer.address, step.address, rows_1TW.data_ptr(), y_1TW.data_ptr(), address)
-    return y_1TW
+    return y_1TW.to(qkv_1TW.dtype)
 
 
 def norms(x: Tensor, weight_D: Tensor) -> bool:
