@@ -432,7 +432,9 @@ class ModelConfig:
         uneven = [layer for layer, _, _ in self.moe.per_layer] if self.moe is not None else []
         bad = [layer for layer in uneven if layer not in self.moe_layers]
         require(
-            not bad, f"per_layer names layers {bad}, which have no experts", f"these have: {self.moe_layers}"
+            not bad,
+            f"per_layer names layers {bad}, which have no experts",
+            f"these have: {self.moe_layers}" if bad else None,
         )
         require(
             not (self.norm_bias and self.norm == "rms"), "norm_bias needs norm='layer'; RMSNorm has no bias"
