@@ -103,6 +103,16 @@ def llama_cpp(model: str, layers: int, file: str) -> Call:
     return run
 
 
+def fill(weight: torch.Tensor) -> None:
+    """Random numbers, a few again and again: making new ones takes longer than measuring."""
+    if weight.dim() == 1:
+        weight.fill_(1.0)
+        return
+    few = torch.empty((1 << 20) + 1, dtype=weight.dtype).uniform_(-0.05, 0.05)
+    for piece in weight.view(-1).split(len(few)):
+        piece.copy_(few[: len(piece)])
+
+
 def transformers(model: str, layers: int, _: str) -> Call:
     """transformers in bfloat16 with its fastest experts on this machine."""
     from _models import shape_named
@@ -119,7 +129,7 @@ def transformers(model: str, layers: int, _: str) -> Call:
         net = AutoModelForCausalLM.from_config(theirs, dtype=torch.bfloat16)
     net = net.to_empty(device="cpu").eval()
     for parameter in net.parameters():
-        parameter.data.fill_(1.0) if parameter.dim() == 1 else parameter.data.uniform_(-0.05, 0.05)
+        fill(parameter.data)
     net.model.rotary_emb = type(net.model.rotary_emb)(theirs)
     net.set_experts_implementation("grouped_mm")
 

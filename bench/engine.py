@@ -25,7 +25,13 @@ from moiety.backends.cpu_limits import read_all
 from moiety.config import ModelConfig
 from moiety.formats import format_named
 
-CASES = (("olmoe-1b-7b", 0), ("qwen3-30b-a3b", 8))  # model, layers of it (0: all)
+# Model, layers of it (0: all), against whom: transformers needs four times our memory, so it gets half the layers.
+CASES = (
+    ("olmoe-1b-7b", 0, "llama.cpp"),
+    ("olmoe-1b-7b", 8, "transformers"),
+    ("qwen3-30b-a3b", 8, "llama.cpp"),
+    ("qwen3-30b-a3b", 8, "transformers"),
+)
 PEERS = {"llama.cpp": "xllamacpp", "transformers": "transformers"}
 DECODE_BARS: dict[str, dict[int, float | None]] = {
     "llama.cpp": {1: 1.5, 8: 2.5, 32: 4.0},
@@ -89,13 +95,11 @@ def read_seconds(memory: torch.Tensor, size_bytes: int) -> float:
 
 
 def in_turn(methods: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each, taking turns, after one round that does not count."""
+    """Seconds of each, taking turns."""
     found: dict[str, list[float]] = {name: [] for name in methods}
-    for number in range(rounds + 1):
+    for _ in range(rounds):
         for name, method in methods.items():
-            seconds = method()
-            if number:
-                found[name].append(seconds)
+            found[name].append(method())
     return found
 
 
@@ -132,18 +136,24 @@ def against(peer: str, model: str, layers: int, file: Path, quick: bool) -> list
     memory = torch.ones(1 << 30, dtype=torch.uint8)
     limit = functools.partial(read_seconds, memory, active_bytes(config))
     children = {name: Child(name, model, layers, file) for name in ("ours", peer)}
-    rows = []
+    rows: list[Row] = []
     for batch in (1,) if quick else (1, 8, 32):
-        drawn, rounds = (16, 2) if quick else (32, 5)
+        drawn, rounds = (32, 5) if batch == 1 and not quick else (8, 3)
+        for child in children.values():
+            child.seconds(f"decode {batch} 2")  # a first time, which does not count
         times = in_turn({**jobs(children, f"decode {batch} {drawn}"), "memory": limit}, rounds)
         rows.append(row(f"{label}: decode, batch {batch}", batch, times, peer, DECODE_BARS[peer][batch]))
         if batch == 1:
             rows.append(row(f"{label}: decode, batch 1, share of the limit", 1, times, "memory", LIMIT_BAR))
     for length in (512,) if quick else (512, 2048):
-        times = in_turn(jobs(children, f"prefill {length}"), 1 if quick else 3)
+        times = in_turn(jobs(children, f"prefill {length}"), 2)
         rows.append(row(f"{label}: prefill {length}", length, times, peer, PREFILL_BARS[peer]))
     for child in children.values():
         child.close()
+    for one in rows:
+        print(
+            f"{one.case}: {one.ours} and {one.peer} {one.unit}, {one.ratio}x {one.peer_name}", file=sys.stderr
+        )
     return rows
 
 
@@ -153,18 +163,17 @@ def main() -> int:
     if options.device != "cpu":
         print("this measures CPUs", file=sys.stderr)
         return finish("engine", [])
-    rows = []
-    for model, most in CASES[:1] if options.quick else CASES:
+    rows: list[Row] = []
+    for model, most, peer in CASES[:2] if options.quick else CASES:
         layers = 2 if options.quick else most
+        if importlib.util.find_spec(PEERS[peer]) is None:
+            print(f"{peer} is left out: {PEERS[peer]} is not installed", file=sys.stderr)
+            continue
         with tempfile.TemporaryDirectory(prefix="moiety-") as folder:
             file = Path(folder) / "random.gguf"
-            for peer, package in PEERS.items():
-                if importlib.util.find_spec(package) is None:
-                    print(f"{peer} is left out: {package} is not installed", file=sys.stderr)
-                    continue
-                if peer == "llama.cpp":
-                    write_gguf(shape_named(model, layers), file)
-                rows += against(peer, model, layers, file, options.quick)
+            if peer == "llama.cpp":
+                write_gguf(shape_named(model, layers), file)
+            rows += against(peer, model, layers, file, options.quick)
     return finish("engine", rows)
 
 

@@ -448,6 +448,8 @@ def compiled(router: object) -> Best | None:
     if type(router) not in (TopK, SigmoidTopK):
         return None
     assert isinstance(router, TopK | SigmoidTopK)
+    if isinstance(router, TopK) and router.cap:
+        return None
     sigmoid = isinstance(router, SigmoidTopK)
     return Best(
         k=router.k,
