@@ -94,7 +94,8 @@ def choose(
     obstacles = {
         "latent attention has no kernel": latent,
         "gradients are recorded": grad,
-        f"activations are {dtype} on {device}": dtype not in (torch.float32, torch.bfloat16) or device != "cpu",
+        f"activations are {dtype} on {device}": dtype not in (torch.float32, torch.bfloat16)
+        or device != "cpu",
         f"pages are in {stored}": stored not in (torch.float32, torch.bfloat16),
         f"a page of {page_tokens} tokens is no multiple of {BLOCK}": page_tokens % BLOCK != 0,
         f"head_dim is {head_dim}, above {MOST_HEAD_DIM}": head_dim > MOST_HEAD_DIM,
