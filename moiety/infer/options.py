@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from moiety.config import check_types, option, require
+from moiety.errors import ConfigError
 
-__all__ = ["BenchOptions", "EngineOptions", "RequestOptions", "SamplingOptions"]
+__all__ = ["BenchOptions", "EngineOptions", "RequestOptions", "SamplingOptions", "biases_named"]
 
 KV_DTYPES = ("auto", "fp32", "bf16")
 MOST_BIASES, MOST_STOPS, LONGEST_STOP, MOST_LOGPROBS = 1024, 64, 1024, 100
@@ -129,6 +130,27 @@ class EngineOptions:
             f"step_tokens is {self.step_tokens}, max_requests is {self.max_requests}",
             "every request takes at least one token of a step: raise step_tokens or lower max_requests",
         )
+
+
+def biases_named(text: str) -> dict[int, float]:
+    """Biases from a text such as 17=-5,42=3: tokens and what is added to their logits.
+
+    Raises:
+        ConfigError: another form, or a token twice.
+    """
+    found: dict[int, float] = {}
+    for word in filter(None, map(str.strip, text.split(","))):
+        token, _, bias = word.partition("=")
+        try:
+            number, value = int(token), float(bias)
+        except ValueError:
+            raise ConfigError(
+                f"logit_bias has {word!r}",
+                hint="write token=bias with commas between, 17=-5,42=3 for instance",
+            ) from None
+        require(number not in found, f"logit_bias names token {number} twice")
+        found[number] = value
+    return found
 
 
 def _numbers(name: str, text: str) -> tuple[int, ...]:
