@@ -38,6 +38,11 @@ TILES, QUANTIZE, QUANTIZED = (
     "tests/quant/test_quantize.py",
     "tests/model/test_quantized.py",
 )
+PAGES, ENGINE, SAMPLING = (
+    "tests/infer/test_scheduler.py",
+    "tests/infer/test_engine.py",
+    "tests/infer/test_sampling.py",
+)
 CALIBRATE, PACKED = "tests/quant/test_calibrate.py", "tests/moe/test_packed.py"
 
 
@@ -299,6 +304,27 @@ MUTATIONS = (
         "    if not whole or any(part != sorted(part) for part in said):",
         "    if not lists:",
         QUANTIZED,
+    ),
+    Mutation(
+        "a page is free while another request holds it",
+        "infer/pages.py",
+        "        if self._references[page] == 0:\n            if page in self._key:",
+        "        if self._references[page] <= 1:\n            if page in self._key:",
+        PAGES,
+    ),
+    Mutation(
+        "what follows a wrong guess is kept",
+        "infer/runner.py",
+        "        if row == len(piece.drafts) or token != piece.drafts[row]:",
+        "        if row == len(piece.drafts):",
+        ENGINE,
+    ),
+    Mutation(
+        "a penalty that rewards",
+        "infer/sampling.py",
+        "        logits_V[seen] -= options.presence_penalty",
+        "        logits_V[seen] += options.presence_penalty",
+        SAMPLING,
     ),
 )
 

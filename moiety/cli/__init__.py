@@ -28,6 +28,7 @@ COMMANDS = {
     "models": "list the well-known models: exact counts, and what was said about closed ones",
     "convert": "write a model in another format: the layout of transformers, or GGUF",
     "quantize": "pack a model's weights in fewer bits, with a receipt",
+    "bench": "measure how fast a model is, against this machine's limits",
     "quality": "say what fewer bits cost a model's predictions",
     "pull": "fetch a model of the Hugging Face hub into its cache",
     "ls": "list the models on this machine",

@@ -9,7 +9,8 @@ from cyclopts import Parameter
 
 from moiety.cli.output import command, talk
 from moiety.cli.own import import_own_routers
-from moiety.infer.options import SamplingOptions
+from moiety.errors import UsageError
+from moiety.infer.options import EngineOptions, SamplingOptions
 
 __all__ = ["app"]
 
@@ -26,6 +27,7 @@ def chat(
     sampling: Annotated[SamplingOptions, Parameter(name="*")] = SamplingOptions(),
     backend: Annotated[str, Parameter(help="who multiplies the experts")] = "auto",
     experts_per_token: Annotated[int, Parameter(help="use this many; 0 is the model's own number")] = 0,
+    engine: Annotated[EngineOptions, Parameter(name="*")] = EngineOptions(),
     plain: Annotated[
         bool, Parameter(negative="", help="one token after the other, without the engine")
     ] = False,
@@ -41,9 +43,13 @@ def chat(
     from moiety.infer.conversation import Conversation
     from moiety.infer.open import open_model
 
+    if plain and engine != EngineOptions():
+        raise UsageError("--plain has no engine", hint="leave out the engine's options")
     import_own_routers(router)
     opened = open_model(path, backend=backend, experts_per_token=experts_per_token)
-    conversation = Conversation(opened, system=system, max_tokens=max_tokens, sampling=sampling, plain=plain)
+    conversation = Conversation(
+        opened, system=system, max_tokens=max_tokens, sampling=sampling, plain=plain, options=engine
+    )
     console = talk()
     about = "" if conversation.has_format else "; the model continues text, it was not taught to answer"
     console.print(f"an empty line ends{about}")

@@ -13,7 +13,7 @@ from cyclopts import Parameter
 from moiety.cli.output import command, print_json, talk
 from moiety.cli.own import import_own_routers
 from moiety.errors import UsageError
-from moiety.infer.options import EngineOptions, RequestOptions, SamplingOptions
+from moiety.infer.options import EngineOptions, RequestOptions, SamplingOptions, biases_named
 
 if TYPE_CHECKING:
     from moiety.infer.open import Opened
@@ -31,10 +31,11 @@ def generate(
     n: Annotated[int, Parameter(help="answers to each prompt, with seeds one apart")] = 1,
     max_tokens: Annotated[int, Parameter(help="most tokens to generate")] = 128,
     stop: Annotated[tuple[str, ...], Parameter(help="texts that end an answer and are not part of it")] = (),
-    draft: Annotated[int, Parameter(help="most tokens to guess ahead from repetitions; 0 is off")] = 0,
+    logit_bias: Annotated[str, Parameter(help="added to logits of tokens, 17=-5,42=3 for instance")] = "",
     sampling: Annotated[SamplingOptions, Parameter(name="*")] = SamplingOptions(),
     backend: Annotated[str, Parameter(help="who multiplies the experts")] = "auto",
     experts_per_token: Annotated[int, Parameter(help="use this many; 0 is the model's own number")] = 0,
+    engine: Annotated[EngineOptions, Parameter(name="*")] = EngineOptions(),
     plain: Annotated[
         bool, Parameter(negative="", help="one token after the other, without the engine")
     ] = False,
@@ -53,21 +54,22 @@ def generate(
     from moiety.infer.open import open_model
 
     asked = [prompt for prompt in prompts or ("",) for _ in range(n)]
-    if n < 1 or (plain and (len(asked) > 1 or stop or draft)):
+    if n < 1 or (plain and (len(asked) > 1 or stop or engine != EngineOptions())):
         raise UsageError(
             f"n is {n}, there are {len(asked)} answers to give"
             + (", and --plain gives one" if plain else ""),
-            hint="n is at least 1; --plain takes one prompt, no --stop and no --draft",
+            hint="n is at least 1; --plain takes one prompt, no --stop and no option of the engine",
         )
-    request = RequestOptions(sampling=sampling, max_tokens=max_tokens, stop=stop)
+    bias = biases_named(logit_bias)
+    request = RequestOptions(sampling=sampling, max_tokens=max_tokens, stop=stop, logit_bias=bias)
     import_own_routers(router)
     opened = open_model(path, backend=backend, experts_per_token=experts_per_token)
     begun = time.perf_counter()
     if len(asked) == 1:
-        pieces = _plain(opened, asked[0], request) if plain else _streamed(opened, asked[0], request, draft)
+        pieces = _plain(opened, asked[0], request) if plain else _streamed(opened, asked[0], request, engine)
         answers = [_shown(asked[0], pieces, silent=json)]
     else:
-        answers = _several(opened, asked, n, request, draft)
+        answers = _several(opened, asked, n, request, engine)
     seconds = time.perf_counter() - begun
     drawn = sum(answer["tokens"] for answer in answers)
     if json:
@@ -89,7 +91,11 @@ def _plain(opened: Opened, prompt: str, request: RequestOptions) -> Iterator[tup
 
     text, drawn = TextStream(opened.tokenizer), 0
     stream = tokens_of(
-        opened.model, _ids(opened, prompt), max_tokens=request.max_tokens, sampling=request.sampling
+        opened.model,
+        _ids(opened, prompt),
+        max_tokens=request.max_tokens,
+        sampling=request.sampling,
+        logit_bias=request.logit_bias,
     )
     for drawn, token in enumerate(stream, start=1):
         yield drawn, text.push(token)
@@ -98,12 +104,14 @@ def _plain(opened: Opened, prompt: str, request: RequestOptions) -> Iterator[tup
     yield drawn, text.finish()
 
 
-def _streamed(opened: Opened, prompt: str, request: RequestOptions, draft: int) -> Iterator[tuple[int, str]]:
+def _streamed(
+    opened: Opened, prompt: str, request: RequestOptions, options: EngineOptions
+) -> Iterator[tuple[int, str]]:
     """The same by the engine."""
     from moiety.infer.engine import Engine
 
-    options = EngineOptions(max_requests=1, draft=draft)
-    engine = Engine(opened.model, opened.tokenizer, ends=opened.ends, options=options)
+    one = dataclasses.replace(options, max_requests=1)
+    engine = Engine(opened.model, opened.tokenizer, ends=opened.ends, options=one)
     for drawn, event in enumerate(engine.events(engine.submit(prompt, request)), start=1):
         yield drawn, event.text
 
@@ -122,12 +130,12 @@ def _shown(prompt: str, pieces: Iterator[tuple[int, str]], *, silent: bool) -> d
 
 
 def _several(
-    opened: Opened, prompts: list[str], n: int, request: RequestOptions, draft: int
+    opened: Opened, prompts: list[str], n: int, request: RequestOptions, engine_options: EngineOptions
 ) -> list[dict[str, Any]]:
     """All answers, worked on together."""
     from moiety.infer.engine import Engine
 
-    engine = Engine(opened.model, opened.tokenizer, ends=opened.ends, options=EngineOptions(draft=draft))
+    engine = Engine(opened.model, opened.tokenizer, ends=opened.ends, options=engine_options)
     seeds = [request.sampling.seed + number % n for number in range(len(prompts))]
     options = [
         dataclasses.replace(request, sampling=dataclasses.replace(request.sampling, seed=seed))

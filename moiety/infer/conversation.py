@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import final
 
 from moiety.errors import UsageError
@@ -27,6 +28,7 @@ class Conversation:
         max_tokens: Most tokens in an answer.
         sampling: What to draw from.
         plain: Generate one token after the other, without the engine.
+        options: Of the engine, which works on one request at a time.
 
     Raises:
         ConfigError: a model that only plain generation can run.
@@ -41,10 +43,11 @@ class Conversation:
         max_tokens: int = 80,
         sampling: SamplingOptions | None = None,
         plain: bool = False,
+        options: EngineOptions | None = None,
     ) -> None:
         self._opened, self._max_tokens = opened, max_tokens
         self._sampling = SamplingOptions() if sampling is None else sampling
-        one = EngineOptions(max_requests=1)
+        one = replace(options or EngineOptions(), max_requests=1)
         self._engine = None if plain else Engine(opened.model, ends=opened.ends, options=one)
         self._template = opened.tokenizer.chat_template
         if system and self._template is None:

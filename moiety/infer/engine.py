@@ -14,11 +14,12 @@ import itertools
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import final
 
 import torch
+from torch import Tensor
 
 from moiety.config import ModelConfig, require
 from moiety.errors import BusyError, ConfigError, MoietyError, UsageError
@@ -26,7 +27,7 @@ from moiety.infer.drafts import Drafter
 from moiety.infer.options import EngineOptions, RequestOptions
 from moiety.infer.pages import Pages
 from moiety.infer.request import Reason, Request, State
-from moiety.infer.runner import Drawn, Outcome, Runner
+from moiety.infer.runner import Drawn, Outcome, Runner, imbalance
 from moiety.infer.scheduler import Scheduler, Slice
 from moiety.infer.stops import AnswerText
 from moiety.model.paged import PagePool
@@ -239,7 +240,7 @@ class Engine:
     """Answers many requests at once with one model.
 
     Args:
-        model: In evaluation mode; its weights' dtype is that of keys and values.
+        model: In evaluation mode.
         tokenizer: For prompts and answers as text, and for where an answer ends; None works on tokens alone.
         ends: Tokens that end an answer; None is the tokenizer's.
         options: Memory, steps and limits.
@@ -259,10 +260,11 @@ class Engine:
     ) -> None:
         check_model(model)
         self.options = options = EngineOptions() if options is None else options
-        count, self.max_positions = page_count(model.config, options, model.embed.weight.dtype)
+        dtype = self.kv_dtype(model, options)
+        count, self.max_positions = page_count(model.config, options, dtype)
         self._tokenizer, self._vocabulary = tokenizer, model.config.vocab_size
         self._ends = ends if ends is not None else frozenset({tokenizer.end_id} if tokenizer else ())
-        self._runner = Runner(model, count, options.page_tokens)
+        self._runner = Runner(model, count, options.page_tokens, dtype)
         self._drafter = Drafter(model.config, options.draft) if options.draft else None
         self._scheduler = Scheduler(
             Pages(count, options.page_tokens, prefix_cache=options.prefix_cache),
@@ -281,6 +283,12 @@ class Engine:
         self._recent: deque[tuple[float, int]] = deque(maxlen=WINDOW_STEPS)
         self._finished: dict[Reason, int] = {"stop": 0, "length": 0, "cancelled": 0, "error": 0}
         self._steps = self._computed = self._drawn = self._reused = self._drafted = self._accepted = 0
+
+    @staticmethod
+    def kv_dtype(model: Transformer, options: EngineOptions) -> torch.dtype:
+        """What keys and values of a model will be in: what the options say, or the dtype of its weights."""
+        dtypes = {"auto": model.embed.weight.dtype, "fp32": torch.float32, "bf16": torch.bfloat16}
+        return dtypes[options.kv_dtype]
 
     def submit(
         self,
@@ -468,8 +476,12 @@ class Engine:
             accepted_tokens=self._accepted,
             drafting="off: not asked for" if self._drafter is None else self._drafter.reason,
             tokens_per_s=sum(tokens for _, tokens in recent) / busy_s if busy_s else 0.0,
-            imbalance=self._runner.imbalance,
+            imbalance=imbalance(list(self._runner.counts.values())),
         )
+
+    def expert_counts(self) -> Mapping[int, Tensor]:
+        """Pairs of each expert in the last step, (E,), by layer; none in a dense model."""
+        return self._runner.counts
 
     def check(self) -> None:
         """Assert that no page leaked and nobody was overtaken; for tests."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
@@ -22,6 +22,7 @@ def generate(
     max_tokens: int = 128,
     sampling: SamplingOptions | None = None,
     end_id: int | None = None,
+    logit_bias: Mapping[int, float] | None = None,
 ) -> Iterator[int]:
     """Continue a prompt, yielding each token as it is drawn.
 
@@ -31,6 +32,7 @@ def generate(
         max_tokens: Most tokens to draw.
         sampling: What to draw from; the defaults of `SamplingOptions` when None.
         end_id: Stop after this token, which is yielded too.
+        logit_bias: Added to the logits of these tokens.
 
     Raises:
         UsageError: an empty prompt, a token outside the vocabulary, or max_tokens below 1.
@@ -38,18 +40,25 @@ def generate(
     if not prompt:
         raise UsageError("the prompt has no token", hint="give at least one, such as the end-of-text token")
     vocabulary = model.config.vocab_size
-    if not 0 <= min(prompt) <= max(prompt) < vocabulary:
-        raise UsageError(
-            f"the prompt has tokens outside 0 to {vocabulary - 1}", hint="is this the model's tokenizer?"
-        )
+    bias = dict(logit_bias or {})
+    for what, tokens in (("the prompt", prompt), ("logit_bias", tuple(bias))):
+        if tokens and not 0 <= min(tokens) <= max(tokens) < vocabulary:
+            raise UsageError(
+                f"{what} has tokens outside 0 to {vocabulary - 1}", hint="is this the model's tokenizer?"
+            )
     if max_tokens < 1:
         raise UsageError(f"max_tokens is {max_tokens}; it must be positive")
-    return _tokens(model, prompt, max_tokens, sampling or SamplingOptions(), end_id)
+    return _tokens(model, prompt, max_tokens, sampling or SamplingOptions(), end_id, bias)
 
 
 @torch.inference_mode()
 def _tokens(
-    model: Transformer, prompt: Sequence[int], max_tokens: int, sampling: SamplingOptions, end_id: int | None
+    model: Transformer,
+    prompt: Sequence[int],
+    max_tokens: int,
+    sampling: SamplingOptions,
+    end_id: int | None,
+    bias: Mapping[int, float],
 ) -> Iterator[int]:
     weight = model.embed.weight
     answer: list[int] = []
@@ -57,7 +66,8 @@ def _tokens(
     fresh = torch.tensor([list(prompt)], device=weight.device)
     for _ in range(max_tokens):
         output = model(fresh, cache=cache)
-        token = int(sample(output.last_logits, [Draw(options=sampling, prompt=prompt, answer=answer)]))
+        draw = Draw(options=sampling, prompt=prompt, answer=answer, bias=bias)
+        token = int(sample(output.last_logits, [draw]))
         yield token
         answer.append(token)
         if token == end_id:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from moiety import storage
-from moiety.errors import ConfigError, FormatError, UsageError
+from moiety.errors import ConfigError, UsageError
 from moiety.model import hub
 from moiety.model.checkpoint import load
-from moiety.model.convert import read_tokenizer
+from moiety.model.convert import end_tokens, read_tokenizer
 from moiety.model.tokenizer import Tokenizer
 from moiety.model.transformer import Transformer
 from moiety.moe.layer import MoE
@@ -54,14 +53,15 @@ def set_experts_per_token(model: Transformer, k: int) -> None:
     """Let every router of a trained model choose `k` experts per token instead of its own number.
 
     Raises:
-        ConfigError: a dense model, a router without a k, or one that cannot choose so many.
+        ConfigError: a dense model, a router without a k, or one that cannot choose so many; nothing has changed.
     """
     layers = [module for module in model.modules() if isinstance(module, MoE)]
     if not layers:
         raise ConfigError("this model is dense: it has no experts per token to change")
-    for layer in layers:
-        router = with_k(layer.router, k)
+    routers = [with_k(layer.router, k) for layer in layers]
+    for layer, router in zip(layers, routers, strict=True):
         router.check(layer.choices)
+    for layer, router in zip(layers, routers, strict=True):
         layer.router = router
 
 
@@ -83,16 +83,4 @@ def open_model(path: str | Path, *, backend: str = "auto", experts_per_token: in
     if experts_per_token:
         set_experts_per_token(model, experts_per_token)
     tokenizer = read_tokenizer(folder)
-    return Opened(model.eval(), tokenizer, folder, frozenset({tokenizer.end_id}) | _named_ends(folder))
-
-
-def _named_ends(folder: Path) -> frozenset[int]:
-    """The tokens that `generation_config.json` ends an answer at: one, or several."""
-    if not (folder / "generation_config.json").is_file():
-        return frozenset()
-    file = storage.inside(folder, "generation_config.json")
-    named = storage.read_json(file).get("eos_token_id")
-    named = named if isinstance(named, list) else [] if named is None else [named]
-    if not all(isinstance(token, int) and not isinstance(token, bool) for token in named):
-        raise FormatError(f"{file} has eos_token_id {named!r:.80}; allowed is a token or a list of them")
-    return frozenset(named)
+    return Opened(model.eval(), tokenizer, folder, frozenset({tokenizer.end_id, *end_tokens(folder)}))

@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from moiety.config import check_types, option, require
+from moiety.errors import ConfigError
 
-__all__ = ["EngineOptions", "RequestOptions", "SamplingOptions"]
+__all__ = ["BenchOptions", "EngineOptions", "RequestOptions", "SamplingOptions", "biases_named"]
 
+KV_DTYPES = ("auto", "fp32", "bf16")
 MOST_BIASES, MOST_STOPS, LONGEST_STOP, MOST_LOGPROBS = 1024, 64, 1024, 100
 
 
@@ -102,6 +104,7 @@ class EngineOptions:
     kv_bytes: int = option(
         0, help="bytes for keys and values; 0 is 1 GiB, or less where the longest sequences need less"
     )
+    kv_dtype: str = option("auto", help="of keys and values: fp32, bf16, or auto, that of the weights")
     page_tokens: int = option(16, help="tokens of one page of keys and values, the unit of sharing")
     max_positions: int = option(
         0, help="longest sequence, prompt and answer together; 0 is the model's, or what 1 GiB holds"
@@ -119,7 +122,77 @@ class EngineOptions:
         for name in ("page_tokens", "step_tokens", "max_requests", "max_queue"):
             require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be positive")
         require(
+            self.kv_dtype in KV_DTYPES,
+            f"kv_dtype is {self.kv_dtype!r}; allowed are {', '.join(KV_DTYPES)}",
+        )
+        require(
             self.step_tokens >= self.max_requests,
             f"step_tokens is {self.step_tokens}, max_requests is {self.max_requests}",
             "every request takes at least one token of a step: raise step_tokens or lower max_requests",
         )
+
+
+def biases_named(text: str) -> dict[int, float]:
+    """Biases from a text such as 17=-5,42=3: tokens and what is added to their logits.
+
+    Raises:
+        ConfigError: another form, or a token twice.
+    """
+    found: dict[int, float] = {}
+    for word in filter(None, map(str.strip, text.split(","))):
+        token, _, bias = word.partition("=")
+        try:
+            number, value = int(token), float(bias)
+        except ValueError:
+            raise ConfigError(
+                f"logit_bias has {word!r}",
+                hint="write token=bias with commas between, 17=-5,42=3 for instance",
+            ) from None
+        require(number not in found, f"logit_bias names token {number} twice")
+        found[number] = value
+    return found
+
+
+def _numbers(name: str, text: str) -> tuple[int, ...]:
+    """Different positive numbers, in ascending order, from a text with commas between them."""
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    require(
+        all(word.isascii() and word.isdigit() and 0 < int(word) < 10**6 for word in words),
+        f"{name} is {text!r}",
+        "positive whole numbers with commas between",
+    )
+    return tuple(sorted(set(map(int, words))))
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchOptions:
+    """What to measure of a model's speed."""
+
+    batches: str = option("1,8,32,128", help="sequences that are decoded together; commas between")
+    most: int = option(0, help="instead of batches 1, 2, 4, ... up to so many sequences")
+    prompt: int = option(16, help="tokens of each sequence's prompt")
+    tokens: int = option(32, help="that each sequence draws")
+    prefill: str = option(
+        "512,2048", help="lengths of single prompts, cut to the model's longest; '' is none"
+    )
+    kv_dtype: str = option("auto", help="of keys and values: fp32, bf16, or auto, that of the weights")
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        require(self.most >= 0, f"most is {self.most}; it must not be negative")
+        require(self.prompt >= 1, f"prompt is {self.prompt}; it must be positive")
+        require(self.tokens >= 2, f"tokens is {self.tokens}; from one token to the next there are at least 2")
+        EngineOptions(kv_dtype=self.kv_dtype)
+        _numbers("batches", self.batches)
+        _numbers("prefill", self.prefill)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """How many sequences at a time."""
+        powers = tuple(2**power for power in range(self.most.bit_length()))
+        return powers or _numbers("batches", self.batches)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of the single prompts."""
+        return _numbers("prefill", self.prefill)

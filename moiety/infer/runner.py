@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, final
 
 import torch
@@ -14,7 +14,6 @@ from moiety.infer.sampling import Draw, best, not_finite, sample
 from moiety.infer.scheduler import Slice
 from moiety.model.paged import PagedStep, PagePool
 from moiety.model.transformer import Transformer
-from moiety.routing import Routing
 
 __all__ = ["Drawn", "Outcome", "Runner", "imbalance"]
 
@@ -42,12 +41,13 @@ class Runner:
         model: In evaluation mode.
         pages: How many pages its memory has.
         page_tokens: Tokens of each.
+        kv_dtype: Of keys and values.
     """
 
-    def __init__(self, model: Transformer, pages: int, page_tokens: int) -> None:
+    def __init__(self, model: Transformer, pages: int, page_tokens: int, kv_dtype: torch.dtype) -> None:
         self._model = model
-        self.pool = PagePool(model.config, pages, page_tokens, dtype=model.embed.weight.dtype)
-        self.imbalance = 0.0
+        self.pool = PagePool(model.config, pages, page_tokens, dtype=kv_dtype)
+        self.counts: Mapping[int, Tensor] = {}  # pairs of each expert in the last step, by layer
 
     @torch.inference_mode()
     def run(self, slices: Sequence[Slice]) -> list[Outcome]:
@@ -60,7 +60,7 @@ class Runner:
             [len(some) for some in tokens],
         )
         output = self._model(torch.tensor([[token for some in tokens for token in some]]), cache=step)
-        self.imbalance = imbalance(list(output.routing.values()))
+        self.counts = {layer: routing.counts_E for layer, routing in output.routing.items()}
         finite_T = output.hidden[0].isfinite().all(-1).tolist()
         rows: list[int] = []
         firsts, first = [], 0
@@ -116,9 +116,7 @@ def _described(token: int, logits_V: Tensor, request: Request) -> Drawn:
     return Drawn(token, float(logprob_V[token]), top)
 
 
-def imbalance(routings: Sequence[Routing]) -> float:
+def imbalance(counts: Sequence[Tensor]) -> float:
     """Pairs of a layer's busiest expert over the mean of its experts, the mean over layers; 0 without any pair."""
-    if not routings:
-        return 0.0
-    counts_LE = torch.stack([routing.counts_E for routing in routings]).float()
-    return float((counts_LE.amax(1) / counts_LE.mean(1).clamp(min=1e-9)).mean())
+    found = [float(counts_E.max() / counts_E.float().mean()) for counts_E in counts if bool(counts_E.any())]
+    return sum(found) / len(found) if found else 0.0

@@ -27,6 +27,13 @@ def test_each_line_is_answered_until_the_input_ends(
     assert call("chat", trained, "--max-tokens", 8, "--temperature", 0).out == said.out
 
 
+def test_options_of_the_engine(call: Call, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _type(monkeypatch, "the cat\n")
+    assert call("chat", trained, "--max-tokens", 3, "--kv-dtype", "bf16", "--draft", 2).code == 0
+    call("chat", trained, "--kv-dtype", "fp7").assert_refused(2, "kv_dtype is 'fp7'")
+    call("chat", trained, "--plain", "--draft", 2).assert_refused(2, "--plain has no engine")
+
+
 def test_an_empty_line_ends(call: Call, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     outs = []
     for text in ("the cat\n\nnever read\n", "the cat\n"):

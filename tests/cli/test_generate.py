@@ -105,3 +105,15 @@ def test_a_damaged_checkpoint_is_named(
     said = call("generate", folder, "the")
     assert said.code in (1, 2) and said.out == "", said
     assert file in said.err or (damage == "missing" and "copy" in said.err), said.err
+
+
+def test_biases_and_the_engines_options(call: Call, trained: Path) -> None:
+    words = ("generate", trained, "the cat", "--max-tokens", 6, "--temperature", 0)
+    said = call(*words, "--logit-bias", "65=1000")
+    assert said.code == 0 and said.out == call(*words, "--logit-bias", "65=1000", "--plain").out
+    assert said.out != call(*words).out
+    call(*words, "--logit-bias", "65:1").assert_refused(2, "'65:1'", hint="17=-5")
+    call(*words, "--logit-bias", "99999=1").assert_refused(2, "logit_bias has tokens outside")
+    assert call(*words, "--kv-dtype", "bf16", "--page-tokens", 4).code == 0
+    call(*words, "--kv-dtype", "fp7").assert_refused(2, "kv_dtype is 'fp7'")
+    call(*words, "--kv-dtype", "bf16", "--plain").assert_refused(2, "--plain")

@@ -386,6 +386,24 @@ def test_memory_is_counted_before_it_is_taken() -> None:
     assert asked == (2**25, 2**29), "more than 1 GiB where it was asked for"
 
 
+@pytest.mark.parametrize("name", ["mixtral", "llama"])
+@pytest.mark.parametrize("page_tokens", [4, 16])
+def test_keys_and_values_may_be_smaller_than_the_weights(name: str, page_tokens: int) -> None:
+    model, asked = made(name), RequestOptions(max_tokens=8, sampling=GREEDY, logprobs=0)
+    page_bytes = PagePool(model.config, 1, page_tokens).page_bytes
+    short = {"kv_bytes": -(-120 // page_tokens) * page_bytes, "page_tokens": page_tokens}
+    full, half = engine(model, **short), engine(model, kv_dtype="bf16", **short)
+    assert half.statistics().pages == 2 * full.statistics().pages, "as many bytes hold twice as many"
+    assert half._runner.pool.dtype is torch.bfloat16
+    for one, other in zip(full.generate(PROMPTS, asked), half.generate(PROMPTS, asked), strict=True):
+        first, second = (result.drawn[0].logprob for result in (one, other))
+        assert first is not None and second is not None and first != second
+        assert math.isclose(first, second, abs_tol=0.05)
+    wide = engine(made(name, dtype=torch.bfloat16), kv_dtype="fp32")
+    assert wide._runner.pool.dtype is torch.float32 and len(wide.generate([[1, 2]], asked)[0].tokens) == 8
+    agree(model, kv_dtype="fp32", page_tokens=page_tokens)
+
+
 def test_models_that_look_at_a_whole_batch_are_refused() -> None:
     with pytest.raises(ConfigError, match="experts that choose tokens"):
         Engine(made("", moe=tiny.experts(router="expert_choice"), d_ff=14))
@@ -399,6 +417,7 @@ def test_models_that_look_at_a_whole_batch_are_refused() -> None:
     ("name", "bad"),
     [
         ("kv_bytes", -1),
+        ("kv_dtype", "fp16"),
         ("page_tokens", 0),
         ("step_tokens", 3),
         ("max_requests", 0),

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 import moiety
-from moiety.errors import MoietyError, UsageError
+from moiety.errors import ConfigError, MoietyError, UsageError
+from moiety.infer.engine import Engine
 from moiety.infer.generate import generate
-from moiety.infer.options import SamplingOptions
+from moiety.infer.options import RequestOptions, SamplingOptions, biases_named
 from moiety.infer.sampling import Draw, sample
 from tests import tiny
 
@@ -120,3 +121,27 @@ def test_the_model_is_left_as_it_was() -> None:
     list(generate(model, PROMPT, max_tokens=5))
     assert model.training
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_biases_change_the_logits() -> None:
+    net = tiny.model("mixtral").eval()
+    greedy = SamplingOptions(temperature=0.0)
+    own = list(generate(net, PROMPT, max_tokens=5, sampling=greedy))
+    other = (own[0] + 1) % 61
+    for bias in ({own[0]: -1000.0}, {other: 1000.0, own[0]: 3.0}):
+        found = list(generate(net, PROMPT, max_tokens=5, sampling=greedy, logit_bias=bias))
+        asked = RequestOptions(max_tokens=5, sampling=greedy, logit_bias=bias)
+        assert found == Engine(net).generate([PROMPT], asked)[0].tokens
+        assert found == [other] * 5 if other in bias else own[0] not in found
+    with pytest.raises(UsageError, match="logit_bias has tokens outside 0 to 60"):
+        generate(net, PROMPT, logit_bias={61: 1.0})
+
+
+def test_biases_as_words() -> None:
+    assert biases_named("17=-5, 42=3.5,") == {17: -5.0, 42: 3.5} and biases_named("") == {}
+    for text, said in (("17", "'17'"), ("a=1", "'a=1'"), ("1=b", "'1=b'"), ("1=2,1=3", "token 1 twice")):
+        with pytest.raises(ConfigError, match=said):
+            biases_named(text)
+    for text in ("-1=2", "1=1001", "1=nan"):
+        with pytest.raises(ConfigError, match="logit_bias"):
+            RequestOptions(logit_bias=biases_named(text))

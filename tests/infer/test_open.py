@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from moiety.errors import FormatError, UsageError
+from moiety.errors import ConfigError, FormatError, UsageError
 from moiety.infer.generate import generate
-from moiety.infer.open import find_checkpoint, open_model
-from moiety.model import checkpoint
+from moiety.infer.open import find_checkpoint, open_model, set_experts_per_token
+from moiety.model import checkpoint, gguf
 from moiety.model.tokenizer import train_tokenizer
+from moiety.model.transformer import Transformer
 from moiety.moe.experts import Experts
-from tests import tiny
+from tests import gguf_models, tiny
 
 
 def checkpoint_at(folder: Path, *files: str) -> Path:
@@ -74,3 +75,25 @@ def test_a_model_without_tokenizer_or_with_damaged_weights(tmp_path: Path) -> No
     weights.write_bytes(weights.read_bytes()[:-9])
     with pytest.raises(FormatError):
         open_model(tmp_path / "cut")
+
+
+def test_a_gguf_names_several_tokens_that_end_an_answer(tmp_path: Path) -> None:
+    tokenizer = gguf_models.chat_tokenizer()
+    model = Transformer(gguf_models.config(vocab_size=120))
+    gguf.save_gguf(model, tmp_path / "it.gguf", tokenizer=tokenizer, ends=(104, 0, 105))
+    assert open_model(tmp_path / "it.gguf").ends == {
+        gguf.read_tokenizer(tmp_path / "it.gguf").end_id,
+        104,
+        105,
+    }
+
+
+def test_uneven_layers_change_together_or_not_at_all() -> None:
+    model = tiny.model("", moe=tiny.experts(per_layer=((2, 3, 1),))).eval()  # 5, 5 and 3 experts
+    tokens = torch.arange(7)[None]
+    before = [routing.pairs for routing in model(tokens).routing.values()]
+    with pytest.raises(ConfigError, match="k is 4"):
+        set_experts_per_token(model, 4)
+    assert [routing.pairs for routing in model(tokens).routing.values()] == before == [14, 14, 7]
+    set_experts_per_token(model, 3)
+    assert [routing.pairs for routing in model(tokens).routing.values()] == [21] * 3

@@ -1,0 +1,91 @@
+"""`moiety bench`: how fast a model is on this machine, and what share of the machine's limits that is."""
+
+from __future__ import annotations
+
+import shutil
+import textwrap
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from moiety.cli.output import command, print_json, print_table, talk
+from moiety.errors import UsageError
+from moiety.infer.options import BenchOptions
+
+__all__ = ["app"]
+
+app = command("moiety bench", "Measure prompts and decoding against this machine's limits.")
+# Of a column: its heading, its figure, what that is multiplied by, its digits.
+Columns = Sequence[tuple[str, str, float, int]]
+PREFILL: Columns = (
+    ("prompt", "tokens", 1, 0),
+    ("tokens/s", "tokens_per_s", 1, 1),
+    ("first ms", "first_token_s", 1e3, 1),
+    ("Gop/s", "operations_per_s", 1e-9, 1),
+    ("% of multiply rate", "multiply_share", 100, 0),
+)
+DECODING: Columns = (
+    ("sequences", "sequences", 1, 0),
+    ("tokens/s", "tokens_per_s", 1, 1),
+    ("ms p50", "latency_p50_s", 1e3, 1),
+    ("ms p99", "latency_p99_s", 1e3, 1),
+    ("first ms", "first_token_s", 1e3, 1),
+    ("imbalance", "imbalance", 1, 2),
+    ("experts", "distinct_experts", 1, 1),
+    ("MB read", "step_bytes", 1e-6, 1),
+    ("% of read rate", "read_share", 100, 0),
+)
+
+
+@app.default
+def bench(
+    path: str = "",
+    /,
+    *,
+    shape: Annotated[str, Parameter(help="a name of `moiety models`: random weights, no path")] = "",
+    layers: Annotated[int, Parameter(help="of the shape; 0 takes all")] = 0,
+    format: Annotated[str, Parameter(help="of the shape's weights, as for `moiety quantize`")] = "int4-g32",
+    measured: Annotated[BenchOptions, Parameter(name="*")] = BenchOptions(),
+    keep_blocks: Annotated[bool, Parameter(help="multiply Q4_0, Q8_0, mxfp4 ... blocks as stored")] = True,
+    json: Annotated[bool, Parameter(negative="", help="print JSON")] = False,
+) -> int:
+    """Prompts are random tokens. `docs/engine.md` says what each figure is.
+
+    Parameters
+    ----------
+    path
+        A checkpoint or run folder, a .gguf file, or owner/name on the hub.
+    """
+    from moiety.infer import measure, open
+    from moiety.model import checkpoint
+    from moiety.quant import pretend
+
+    if bool(path) == bool(shape):
+        hint = "moiety bench --shape olmoe-1b-7b --layers 4"
+        raise UsageError("one of a path and --shape is wanted", hint=hint)
+    if shape:
+        model = pretend.packed_model(pretend.shape_named(shape, layers), format)
+    else:
+        model = checkpoint.load(open.find_checkpoint(path), packed=keep_blocks).eval()
+    found = measure.run(model, measured, talk().print)
+    if json:
+        rows = {name: [asdict(one) for one in getattr(found, name)] for name in ("prefill", "decode")}
+        print_json({"model": path or shape, **rows, "knee": found.knee and found.knee._asdict()})
+        return 0
+    _print(f"{path or shape}: prompts", PREFILL, found.prefill)
+    _print(f"{path or shape}: decoding", DECODING, found.decode)
+    if found.knee is not None:
+        print(textwrap.fill(found.knee.words, shutil.get_terminal_size().columns))
+    return 0
+
+
+def _print(title: str, columns: Columns, rows: Sequence[object]) -> None:
+    cells = [[_cell(getattr(row, field), by, digits) for _, field, by, digits in columns] for row in rows]
+    if cells:
+        print_table(title, [heading for heading, *_ in columns], cells)
+
+
+def _cell(value: float | None, by: float, digits: int) -> str:
+    return "unknown" if value is None else f"{value * by:.{digits}f}"
