@@ -17,25 +17,29 @@ from moiety.infer.options import BenchOptions
 __all__ = ["app"]
 
 app = command("moiety bench", "Measure prompts and decoding against this machine's limits.")
-# Of a column: its heading, its figure, what that is multiplied by, its digits.
-Columns = Sequence[tuple[str, str, float, int]]
+# Of a column: its heading, its figure, what that is multiplied by, how it is written.
+Columns = Sequence[tuple[str, str, float, str]]
 PREFILL: Columns = (
-    ("prompt", "tokens", 1, 0),
-    ("tokens/s", "tokens_per_s", 1, 1),
-    ("first ms", "first_token_s", 1e3, 1),
-    ("Gop/s", "operations_per_s", 1e-9, 1),
-    ("% of multiply rate", "multiply_share", 100, 0),
+    ("prompt", "tokens", 1, "{:.0f} tokens"),
+    ("tokens/s", "tokens_per_s", 1, "{:.1f}"),
+    ("first token, ms", "first_token_s", 1e3, "{:.1f}"),
+    ("Gop/s", "operations_per_s", 1e-9, "{:.1f}"),
+    ("multiply rate", "multiply_share", 100, "{:.0f} %"),
 )
+BATCH = ("batch", "sequences", 1, "{:.0f} at once")
 DECODING: Columns = (
-    ("sequences", "sequences", 1, 0),
-    ("tokens/s", "tokens_per_s", 1, 1),
-    ("ms p50", "latency_p50_s", 1e3, 1),
-    ("ms p99", "latency_p99_s", 1e3, 1),
-    ("first ms", "first_token_s", 1e3, 1),
-    ("imbalance", "imbalance", 1, 2),
-    ("experts", "distinct_experts", 1, 1),
-    ("MB read", "step_bytes", 1e-6, 1),
-    ("% of read rate", "read_share", 100, 0),
+    BATCH,
+    ("tokens/s", "tokens_per_s", 1, "{:.1f}"),
+    ("token p50, ms", "latency_p50_s", 1e3, "{:.1f}"),
+    ("p99, ms", "latency_p99_s", 1e3, "{:.1f}"),
+    ("first token, ms", "first_token_s", 1e3, "{:.1f}"),
+)
+READING: Columns = (
+    BATCH,
+    ("imbalance", "imbalance", 1, "{:.2f}"),
+    ("experts", "distinct_experts", 1, "{:.1f}"),
+    ("MB", "step_bytes", 1e-6, "{:.1f}"),
+    ("read rate", "read_share", 100, "{:.0f} %"),
 )
 
 
@@ -74,18 +78,18 @@ def bench(
         rows = {name: [asdict(one) for one in getattr(found, name)] for name in ("prefill", "decode")}
         print_json({"model": path or shape, **rows, "knee": found.knee and found.knee._asdict()})
         return 0
-    _print(f"{path or shape}: prompts", PREFILL, found.prefill)
-    _print(f"{path or shape}: decoding", DECODING, found.decode)
+    for title, columns, figures in (
+        ("prompts", PREFILL, found.prefill),
+        ("decoding", DECODING, found.decode),
+        ("what a step reads", READING, found.decode),
+    ):
+        cells = [[_cell(getattr(row, name), by, how) for _, name, by, how in columns] for row in figures]
+        if cells:
+            print_table(title, [heading for heading, *_ in columns], cells)
     if found.knee is not None:
         print(textwrap.fill(found.knee.words, shutil.get_terminal_size().columns))
     return 0
 
 
-def _print(title: str, columns: Columns, rows: Sequence[object]) -> None:
-    cells = [[_cell(getattr(row, field), by, digits) for _, field, by, digits in columns] for row in rows]
-    if cells:
-        print_table(title, [heading for heading, *_ in columns], cells)
-
-
-def _cell(value: float | None, by: float, digits: int) -> str:
-    return "unknown" if value is None else f"{value * by:.{digits}f}"
+def _cell(value: float | None, by: float, how: str) -> str:
+    return "unknown" if value is None else how.format(value * by)
