@@ -59,9 +59,7 @@ def multiply_rate(*, integers: bool, seconds: float = 0.05) -> float:
     library, crew, rounds = _ready(), ctypes.c_void_p(cpu.crew()), 1 << 12
     while True:
         begun = time.perf_counter()
-        operations = library.moiety_multiply(
-            ctypes.c_int32(integers), ctypes.c_int64(rounds), ctypes.byref(crew)
-        )
+        operations = library.moiety_multiply(ctypes.c_int32(integers), ctypes.c_int64(rounds), crew)
         took = time.perf_counter() - begun
         if took >= seconds:
             return float(operations * torch.get_num_threads() / took)

@@ -117,8 +117,11 @@ static operand take_operand(cursor *at, const matrix *w, int64_t rows) {
 }
 
 static void prepare_one(const level_table *table, const matrix *w, const float *from, const operand *x, int64_t row) {
-    table->prepare(w, from, (int8_t *)x->code + row * x->width, (float *)x->value + row * x->width,
-                   (float *)x->scale + row * x->groups, (int32_t *)x->sum + row * x->groups);
+    if (x->value)
+        table->prepare(w, from, NULL, (float *)x->value + row * x->width, NULL, NULL);
+    else
+        table->prepare(w, from, (int8_t *)x->code + row * x->width, NULL, (float *)x->scale + row * x->groups,
+                       (int32_t *)x->sum + row * x->groups);
 }
 
 /* One product: the rows of each expert with its matrix. Tasks go over (expert with rows, run of row blocks). */
