@@ -10,10 +10,13 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+
+from tests.backends.builds import build, compiler
 
 ROOT = Path(__file__).resolve().parents[1]
 BACKENDS, LAYER, METAMORPHIC = (
@@ -44,6 +47,7 @@ PAGES, ENGINE, SAMPLING = (
     "tests/infer/test_sampling.py",
 )
 CALIBRATE, PACKED = "tests/quant/test_calibrate.py", "tests/moe/test_packed.py"
+CPU, CPU_ROUTING = "tests/backends/test_cpu.py", "tests/backends/test_cpu_routing.py"
 
 
 class Mutation(NamedTuple):
@@ -328,6 +332,45 @@ MUTATIONS = (
     ),
 )
 
+# In the C kernels, which are built anew for each.
+MUTATIONS_IN_C = (
+    Mutation(
+        "gate and up exchanged",
+        "backends/native/run.c",
+        "p->table->activate(p->activation, p->limit, one[i], two[i], one[i]);",
+        "p->table->activate(p->activation, p->limit, two[i], one[i], one[i]);",
+        CPU,
+    ),
+    Mutation(
+        "the second panel repeats the first",
+        "backends/native/run.c",
+        "&p->x, p->row_of + start, count, out);",
+        "&p->x, p->row_of + p->first[expert], count, out);",
+        CPU,
+    ),
+    Mutation(
+        "zero has no code",
+        "backends/native/tile.h",
+        "? total : -LEVEL(zero_of)(w->kind) * total;",
+        "? total : 0;",
+        CPU,
+    ),
+    Mutation(
+        "the last columns are left out",
+        "backends/native/tile.h",
+        "left = columns - first < w->group ? columns - first : w->group;",
+        "left = columns - first < w->group ? 0 : w->group;",
+        CPU,
+    ),
+    Mutation(
+        "the higher of equal experts wins",
+        "backends/native/routing.c",
+        "if (!marks[e] && numbers[e] > numbers[best]) best = e;",
+        "if (!marks[e] && numbers[e] >= numbers[best]) best = e;",
+        CPU_ROUTING,
+    ),
+)
+
 
 def copy_of_the_repository(folder: Path) -> Path:
     """The package and its tests, to be damaged."""
@@ -350,23 +393,41 @@ def run_tests(folder: Path, *tests: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.timeout_s(600)
-@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name.replace(" ", "-"))
-def test_a_planted_bug_is_noticed(mutation: Mutation, tmp_path: Path) -> None:
-    folder = copy_of_the_repository(tmp_path)
+def plant(mutation: Mutation, folder: Path) -> None:
+    """Put the bug into a copy of the repository."""
     path = folder / "moiety" / mutation.file
     source = path.read_text(encoding="utf-8")
     assert source.count(mutation.right) == 1, f"{mutation.file} no longer has the line that this bug changes"
     path.write_text(source.replace(mutation.right, mutation.wrong), encoding="utf-8")
+
+
+def assert_noticed(mutation: Mutation, folder: Path) -> None:
     result = run_tests(folder, mutation.tests)
     assert result.returncode == 1 and " failed" in result.stdout, (
         result.stdout[-2000:] + result.stderr[-2000:]
     )
 
 
+@pytest.mark.timeout_s(600)
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name.replace(" ", "-"))
+def test_a_planted_bug_is_noticed(mutation: Mutation, tmp_path: Path) -> None:
+    plant(mutation, copy_of_the_repository(tmp_path))
+    assert_noticed(mutation, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout_s(600)
+@pytest.mark.skipif(compiler() is None, reason="there is no C compiler")
+@pytest.mark.parametrize("mutation", MUTATIONS_IN_C, ids=lambda mutation: mutation.name.replace(" ", "-"))
+def test_a_bug_planted_in_c_is_noticed(mutation: Mutation, tmp_path: Path) -> None:
+    plant(mutation, copy_of_the_repository(tmp_path))
+    build(tmp_path / "moiety" / "backends" / f"_native{EXTENSION_SUFFIXES[0]}", root=tmp_path)
+    assert_noticed(mutation, tmp_path)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout_s(600)
 def test_the_unharmed_copy_passes(tmp_path: Path) -> None:
     folder = copy_of_the_repository(tmp_path)
-    result = run_tests(folder, *sorted({mutation.tests for mutation in MUTATIONS}))
+    result = run_tests(folder, *sorted({mutation.tests for mutation in MUTATIONS + MUTATIONS_IN_C}))
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]

@@ -37,10 +37,12 @@ __all__ = [
     "levels",
     "library",
     "linear",
+    "no_amx",
 ]
 
 LEVELS = ("portable", "avx2", "avx512", "amx")  # in the order of `enum level`
 LEVEL_VARIABLE = "MOIETY_CPU_LEVEL"
+LIBRARY_VARIABLE = "MOIETY_CPU_LIBRARY"  # for tests: a file with the kernels, built in another way
 ACTIVATIONS = {"none": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4, CLAMPED: 5}  # of `enum activation`
 
 
@@ -72,14 +74,22 @@ def _kind(form: Format) -> int:
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels, or None where the package was built without a compiler."""
-    folder = Path(__file__).parent
+    """The compiled kernels, or None where the package was built without a compiler.
+
+    Raises:
+        DependencyError: MOIETY_CPU_LIBRARY names a file that cannot be loaded.
+    """
+    folder, asked = Path(__file__).parent, os.environ.get(LIBRARY_VARIABLE, "")
     found = [path for suffix in EXTENSION_SUFFIXES if (path := folder / f"_native{suffix}").is_file()]
-    if not found:
+    if not found and not asked:
         return None
-    kernels = ctypes.CDLL(str(found[0]))
+    try:
+        kernels = ctypes.CDLL(asked or str(found[0]))
+    except OSError as error:
+        raise DependencyError(f"the compiled kernels cannot be loaded: {error}") from error
     pointer, wide, small = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
     kernels.moiety_best_level.restype = small
+    kernels.moiety_no_amx.restype = ctypes.c_char_p
     kernels.moiety_read.restype = kernels.moiety_multiply.restype = wide
     kernels.moiety_grouped_linear.restype = kernels.moiety_experts.restype = small
     kernels.moiety_grouped_linear.argtypes = [pointer, pointer, wide, wide, pointer, pointer, pointer]
@@ -103,6 +113,13 @@ def levels() -> tuple[str, ...]:
     return () if kernels is None else LEVELS[: kernels.moiety_best_level() + 1]
 
 
+def no_amx() -> str:
+    """Why AMX cannot be used here; empty where it can."""
+    kernels = library()
+    reason = b"the kernels are not compiled here" if kernels is None else kernels.moiety_no_amx()
+    return (reason or b"").decode()
+
+
 @functools.cache
 def level() -> str:
     """The instruction set in use; empty without the compiled kernels.
@@ -112,8 +129,9 @@ def level() -> str:
     """
     asked, usable = os.environ.get(LEVEL_VARIABLE, ""), levels()
     if asked and asked not in usable:
+        why = f" (AMX: {no_amx()})" if asked == "amx" else ""
         raise DependencyError(
-            f"{LEVEL_VARIABLE} is {asked!r}; this machine can use {', '.join(usable) or 'none'}",
+            f"{LEVEL_VARIABLE} is {asked!r}; this machine can use {', '.join(usable) or 'none'}{why}",
             hint="unset it to let the best be chosen",
         )
     return asked or (usable[-1] if usable else "")

@@ -49,15 +49,16 @@ def _facts() -> dict[str, Any]:
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "float32_products": "oneDNN" if prefers_onednn() else "torch's own BLAS",
         "experts": choices,
-        "kernels": {"level": cpu.level(), "levels": cpu.levels()},
+        "kernels": {"level": cpu.level(), "levels": cpu.levels(), "no_amx": cpu.no_amx()},
         "extras": {name: importlib.util.find_spec(name) is not None for name in EXTRAS},
     }
 
 
-def _kernels(level: str, levels: Sequence[str]) -> str:
+def _kernels(level: str, levels: Sequence[str], no_amx: str) -> str:
     if not level:
         return "torch unpacks them for each product, many times slower: install with a C compiler for the kernels"
-    return f"C kernels for {level}, of {', '.join(levels)}; MOIETY_CPU_LEVEL chooses"
+    why = f" (no amx: {no_amx})" if no_amx else ""
+    return f"C kernels for {level}, of {', '.join(levels)}{why}; MOIETY_CPU_LEVEL chooses"
 
 
 @app.default

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -38,15 +37,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "after": {"heads": 2, "kv_heads": 2, "head_dim": 256, "qk_norm": "head_rotated"},
     "many": {"heads": 71, "kv_heads": 1, "head_dim": 32},
 }
-
-
-@pytest.fixture(params=cpu.levels())
-def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    monkeypatch.setenv(cpu.LEVEL_VARIABLE, request.param)
-    cpu.level.cache_clear()
-    yield request.param
-    monkeypatch.undo()
-    cpu.level.cache_clear()
 
 
 class Bench:

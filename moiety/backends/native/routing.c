@@ -34,8 +34,10 @@ static void score_row(const router *r, const float *logits, float *scores) {
     for (int64_t e = 0; e < r->experts; e++) scores[e] /= sum;
 }
 
-/* Mark the `k` best of `count` numbers, of equal ones the first; marks are 0 or 1. */
-static void mark_best(const float *numbers, int64_t count, int64_t k, uint8_t *marks) {
+/* Mark the `k` best of `count` numbers, of equal ones the first; marks are 0 or 1. Returns their sum, the largest first, so
+ * that it does not depend on where they are. */
+static float mark_best(const float *numbers, int64_t count, int64_t k, uint8_t *marks) {
+    float sum = 0;
     memset(marks, 0, count);
     for (int64_t i = 0; i < k; i++) {
         int64_t best = 0;
@@ -43,7 +45,9 @@ static void mark_best(const float *numbers, int64_t count, int64_t k, uint8_t *m
         for (int64_t e = best + 1; e < count; e++)
             if (!marks[e] && numbers[e] > numbers[best]) best = e;
         marks[best] = 1;
+        sum += numbers[best];
     }
+    return sum;
 }
 
 #define MOST_EXPERTS 1024 /* known to cpu_routing.py */
@@ -53,11 +57,7 @@ static void keep_groups(const router *r, float *compared) {
     const int64_t size = r->experts / r->groups;
     float of_group[MOST_EXPERTS];
     uint8_t marks[MOST_EXPERTS];
-    for (int64_t g = 0; g < r->groups; g++) {
-        mark_best(compared + g * size, size, r->group_best, marks);
-        of_group[g] = 0;
-        for (int64_t e = 0; e < size; e++) of_group[g] += marks[e] ? compared[g * size + e] : 0;
-    }
+    for (int64_t g = 0; g < r->groups; g++) of_group[g] = mark_best(compared + g * size, size, r->group_best, marks);
     mark_best(of_group, r->groups, r->groups_kept, marks);
     for (int64_t e = 0; e < r->experts; e++)
         if (!marks[e / size]) compared[e] = -INFINITY;

@@ -7,9 +7,19 @@
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include "kernels.h"
 
+#define TILE_STATE (3u << 17) /* of AMX, in the processor's list of what the system keeps for a process */
+#define ARCH_REQ_XCOMP_PERM 0x1023
+#define XFEATURE_XTILEDATA 18
 #define TASK_BYTES (192 << 10) /* of weights: large enough to hide the queue, small enough to share evenly */
 #define PANEL 128              /* rows whose operands stay in the second cache while a task's weights pass */
 #define ALIGN 64
@@ -18,21 +28,50 @@ const level_table *table_of(int32_t level) {
 #if defined(__x86_64__)
     if (level == LEVEL_AVX2) return &avx2_table;
     if (level == LEVEL_AVX512) return &avx512_table;
+    if (level == LEVEL_AMX) return &amx_table;
 #endif
     return &portable_table;
 }
 
+#if defined(__x86_64__)
+static int has_avx512(void) {
+    __builtin_cpu_init();
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
+           __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+}
+#endif
+
+/* Why the AMX level cannot be used; NULL where it can. Linux gives a process its tiles when asked, for all of its threads. */
+EXPORT const char *moiety_no_amx(void) {
+#if !defined(__x86_64__)
+    return "the processor has none";
+#else
+    if (!has_avx512()) return "the processor has no AVX-512 with VNNI beside it";
+#if defined(MOIETY_EMULATE_AMX)
+    return NULL;
+#else
+    unsigned a, b, c, d, low, high;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 24 & 1) || !(d >> 25 & 1)) return "the processor has none";
+    if (!__get_cpuid(1, &a, &b, &c, &d) || !(c >> 27 & 1)) return "the system does not keep its registers";
+    __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    if ((low & TILE_STATE) != TILE_STATE) return "the system does not keep its registers";
+#if defined(__linux__)
+    if (syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)) return "the system refused this process its registers";
+    return NULL;
+#else
+    return "how to ask this system for its registers is not known";
+#endif
+#endif
+#endif
+}
+
 EXPORT int32_t moiety_best_level(void) {
 #if defined(__x86_64__)
-    __builtin_cpu_init();
-    if (!(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))) return LEVEL_PORTABLE;
-    if (!(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni")))
-        return LEVEL_AVX2;
-    return LEVEL_AVX512;
-#else
-    return LEVEL_PORTABLE;
+    if (has_avx512()) return moiety_no_amx() ? LEVEL_AVX512 : LEVEL_AMX;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) return LEVEL_AVX2;
 #endif
+    return LEVEL_PORTABLE;
 }
 
 /* Threads */
@@ -117,8 +156,11 @@ static operand take_operand(cursor *at, const matrix *w, int64_t rows) {
 }
 
 static void prepare_one(const level_table *table, const matrix *w, const float *from, const operand *x, int64_t row) {
-    table->prepare(w, from, (int8_t *)x->code + row * x->width, (float *)x->value + row * x->width,
-                   (float *)x->scale + row * x->groups, (int32_t *)x->sum + row * x->groups);
+    if (x->value)
+        table->prepare(w, from, NULL, (float *)x->value + row * x->width, NULL, NULL);
+    else
+        table->prepare(w, from, (int8_t *)x->code + row * x->width, NULL, (float *)x->scale + row * x->groups,
+                       (int32_t *)x->sum + row * x->groups);
 }
 
 /* One product: the rows of each expert with its matrix. Tasks go over (expert with rows, run of row blocks). */

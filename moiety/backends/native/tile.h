@@ -191,7 +191,7 @@ static void LEVEL(product)(const matrix *w, const uint8_t *tiles, int32_t blocks
 /* To the nearest whole number, halves to the even one, for |x| < 2 ** 22. */
 INLINE int32_t LEVEL(nearest)(float x) {
     union { float number; int32_t bits; } shifted = {.number = x + 0x1.8p23f};
-    return shifted.bits - 0x4b400000;
+    return (int32_t)((uint32_t)shifted.bits - 0x4b400000u); /* of what is not finite: anything */
 }
 
 static void LEVEL(prepare)(const matrix *w, const float *x, int8_t *code, float *value, float *scale, int32_t *sum) {
@@ -208,11 +208,11 @@ static void LEVEL(prepare)(const matrix *w, const float *x, int8_t *code, float 
             const float size = __builtin_fabsf(x[first + k]);
             largest = size > largest ? size : largest;
         }
-        const float inverse = largest > 0 ? 127 / largest : 0;
+        const float inverse = largest > 0x1p-120f ? 127 / largest : 0; /* of anything smaller it would be infinite */
         int32_t total = 0;
         for (int64_t k = 0; k < left; k++) {
-            const int32_t nearest = LEVEL(nearest)(x[first + k] * inverse);
-            code[first + k] = (int8_t)nearest;
+            const int8_t nearest = (int8_t)LEVEL(nearest)(x[first + k] * inverse);
+            code[first + k] = nearest;
             total += nearest;
         }
         memset(code + first + left, 0, w->group - left);
