@@ -3,7 +3,7 @@
 The weights stay as `moiety.formats.tiles` packed them; activations are float32, and before they meet an integer format
 each group of columns of a row is rounded to eight bits with a scale of its own. Every output is summed in one fixed
 order, so it does not depend on what else is in the batch. The instruction set is the processor's best, or the one in
-MOIETY_CPU_LEVEL. Without the compiled kernels torch multiplies after unpacking, which `doctor` reports.
+MOIETY_CPU_LEVEL; AMX is used only where it is asked for there. Without the compiled kernels torch multiplies after unpacking, which `doctor` reports.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ __all__ = [
 ]
 
 LEVELS = ("portable", "avx2", "avx512", "amx")  # in the order of `enum level`
+UNTRIED = "amx"  # on a processor: it has run in emulation only, and is used where it is asked for by name
 LEVEL_VARIABLE = "MOIETY_CPU_LEVEL"
 LIBRARY_VARIABLE = "MOIETY_CPU_LIBRARY"  # for tests: a file with the kernels, built in another way
 ACTIVATIONS = {"none": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4, CLAMPED: 5}  # of `enum activation`
@@ -134,7 +135,7 @@ def level() -> str:
             f"{LEVEL_VARIABLE} is {asked!r}; this machine can use {', '.join(usable) or 'none'}{why}",
             hint="unset it to let the best be chosen",
         )
-    return asked or (usable[-1] if usable else "")
+    return asked or next((name for name in reversed(usable) if name != UNTRIED), "")
 
 
 def crew() -> int:

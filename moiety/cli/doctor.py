@@ -57,7 +57,11 @@ def _facts() -> dict[str, Any]:
 def _kernels(level: str, levels: Sequence[str], no_amx: str) -> str:
     if not level:
         return "torch unpacks them for each product, many times slower: install with a C compiler for the kernels"
-    why = f" (no amx: {no_amx})" if no_amx else ""
+    why = (
+        f" (no amx: {no_amx})"
+        if no_amx
+        else " (amx only where it is asked for: it has run in emulation alone)"
+    )
     return f"C kernels for {level}, of {', '.join(levels)}{why}; MOIETY_CPU_LEVEL chooses"
 
 

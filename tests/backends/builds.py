@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
 import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from moiety.backends import cpu
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNEL_TESTS = tuple(
@@ -40,6 +43,12 @@ def build(library: Path, *flags: str, root: Path = ROOT) -> Path:
     link = [program, "-shared", *extension["extra-link-args"], *flags, *map(str, objects), "-o", str(library)]
     subprocess.run(link, check=True, timeout=600)
     return library
+
+
+def tried() -> tuple[str, ...]:
+    """Levels to test: AMX in emulation, or where it is asked for, because no machine has run it yet."""
+    asked = cpu.LIBRARY_VARIABLE in os.environ or os.environ.get(cpu.LEVEL_VARIABLE) == cpu.UNTRIED
+    return tuple(level for level in cpu.levels() if asked or level != cpu.UNTRIED)
 
 
 def run_python(

@@ -151,7 +151,7 @@ def test_the_reason_is_said() -> None:
     usual: tuple[Any, ...] = (torch.float32, "cpu", torch.bfloat16, 16, 64, False, False)
     assert cpu_attention.choose(*usual).name == ("cpu" if cpu.levels() else "torch")
     for place, value, reason in [
-        (0, torch.bfloat16, "activations are torch.bfloat16"),
+        (0, torch.float16, "activations are torch.float16"),
         (2, torch.float16, "pages are in torch.float16"),
         (3, 24, "24 tokens"),
         (4, 1024, "head_dim is 1024"),

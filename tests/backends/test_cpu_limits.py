@@ -7,6 +7,7 @@ import torch
 
 from moiety.backends import cpu, cpu_limits
 from moiety.errors import DependencyError
+from tests.backends.builds import tried
 
 
 @pytest.mark.parametrize("integers", [False, True])
@@ -22,7 +23,7 @@ def test_rate_of_multiplications(integers: bool, threads: int, level: str) -> No
 
 def test_wide_registers_multiply_more(monkeypatch: pytest.MonkeyPatch) -> None:
     rates = {}
-    for level in cpu.levels():
+    for level in tried():
         monkeypatch.setenv(cpu.LEVEL_VARIABLE, level)
         cpu.level.cache_clear()
         rates[level] = max(cpu_limits.multiply_rate(integers=True, seconds=0.01) for _ in range(3))
