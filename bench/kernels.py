@@ -124,7 +124,7 @@ def main() -> int:
     if options.device != "cpu" or not cpu.levels():
         print("this measures the compiled CPU kernels", file=sys.stderr)
         return finish("kernels", [])
-    seconds = 1.0 if options.quick else 4.0
+    seconds = 1.0 if options.quick else 1.5
     shapes = list(SHAPES)[:1] if options.quick else list(SHAPES)
     formats = FORMATS[:1] if options.quick else FORMATS
     rows = [one_row(shape, name, seconds) for shape in shapes for name in formats]

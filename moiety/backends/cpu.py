@@ -3,7 +3,8 @@
 The weights stay as `moiety.formats.tiles` packed them; activations are float32, and before they meet an integer format
 each group of columns of a row is rounded to eight bits with a scale of its own. Every output is summed in one fixed
 order, so it does not depend on what else is in the batch. The instruction set is the processor's best, or the one in
-MOIETY_CPU_LEVEL; AMX is used only where it is asked for there. Without the compiled kernels torch multiplies after unpacking, which `doctor` reports.
+MOIETY_CPU_LEVEL; AMX is used only where it is asked for there. Without the compiled kernels torch multiplies after
+unpacking, which `doctor` reports.
 """
 
 from __future__ import annotations
