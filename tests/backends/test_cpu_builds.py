@@ -13,7 +13,7 @@ from moiety.errors import DependencyError
 from tests.backends.builds import KERNEL_TESTS, ROOT, build, compiler, run_python
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="there is no C compiler")
-SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g")
+SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g1")
 PYTEST = ("-m", "pytest", "-x", "-q", "-p", "no:cacheprovider")
 
 
@@ -62,7 +62,7 @@ def test_sanitizers_find_nothing(tmp_path: Path) -> None:
     )
     harmed = run_python(place, "-c", bug)
     assert harmed.stdout == "started\n" and "AddressSanitizer" in harmed.stderr, harmed.stderr[-2000:]
-    done = run_python(place, *PYTEST, *KERNEL_TESTS)
+    done = run_python(place, *PYTEST, "-s", *KERNEL_TESTS)
     assert done.returncode == 0 and "passed" in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]
 
 

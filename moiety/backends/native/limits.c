@@ -10,7 +10,7 @@ typedef struct {
 
 /* One part of the memory, summed so that nothing can be left out. */
 static void read_task(void *data, int64_t number) {
-    typedef int64_t lanes __attribute__((vector_size(64), aligned(8), may_alias));
+    typedef int64_t lanes __attribute__((vector_size(64), aligned(1), may_alias));
     reading *r = data;
     lanes a = {0}, b = {0}, c = {0}, d = {0};
     const uint8_t *at = r->from[number], *end = at + r->bytes[number] / 256 * 256;
