@@ -10,7 +10,7 @@ typedef struct {
 
 /* One part of the memory, summed so that nothing can be left out. */
 static void read_task(void *data, int64_t number) {
-    typedef int64_t lanes __attribute__((vector_size(64), aligned(1), may_alias));
+    typedef uint64_t lanes __attribute__((vector_size(64), aligned(1), may_alias));
     reading *r = data;
     lanes a = {0}, b = {0}, c = {0}, d = {0};
     const uint8_t *at = r->from[number], *end = at + r->bytes[number] / 256 * 256;
@@ -20,9 +20,10 @@ static void read_task(void *data, int64_t number) {
         c += *(const lanes *)(at + 128), d += *(const lanes *)(at + 192);
     }
     a += b + c + d;
-    int64_t total = 0;
+    uint64_t total = 0;
     for (int i = 0; i < 8; i++) total += a[i];
-    r->sum[number % (1 << 12)] = total;
+    for (; at < r->from[number] + r->bytes[number]; at++) total += *at;
+    r->sum[number % (1 << 12)] = (int64_t)total;
 }
 
 /* Read every part once, with all threads. Returns a sum of what was read. */
