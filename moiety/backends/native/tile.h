@@ -84,7 +84,7 @@ INLINE void LEVEL(integer_rows)(int kind, int group, int blocks, const matrix *w
     tile += part.from * tile_bytes;
     for (int64_t g = part.from; g < part.to; g++, tile += tile_bytes) {
         if (!part.warm) LEVEL(fetch)(tile, (g + 1) * tile_bytes + PREFETCH_BYTES > next, blocks, next, tile_bytes);
-        vi inner[AT_ONCE][2];
+        vi inner[AT_ONCE][2], odd[2] = {{0}, {0}}; /* a single row's sums in two chains: whole numbers add up in any order */
         for (int i = 0; i < count; i++) inner[i][0] = inner[i][1] = (vi){} + (kind == KIND_INT4_MINIMUM ? 0 : sum[i][g]);
 #pragma GCC unroll 8
         for (int quad = 0; quad < group / 4; quad++) {
@@ -93,7 +93,8 @@ INLINE void LEVEL(integer_rows)(int kind, int group, int blocks, const matrix *w
             for (int i = 0; i < count; i++)
                 for (int b = 0; b < blocks; b++) {
                     const int8_t *at = code[i] + g * group + 4 * quad;
-                    inner[i][b] = kind == KIND_INT8 ? dot4_wide(inner[i][b], line[b], at) : dot4(inner[i][b], line[b], at);
+                    vi *const sum_of = count == 1 && quad % 2 ? &odd[b] : &inner[i][b];
+                    *sum_of = kind == KIND_INT8 ? dot4_wide(*sum_of, line[b], at) : dot4(*sum_of, line[b], at);
                 }
         }
         for (int b = 0; b < blocks; b++) {
@@ -101,6 +102,7 @@ INLINE void LEVEL(integer_rows)(int kind, int group, int blocks, const matrix *w
             const vf scales = LEVEL(scales)(kind, at);
             vf minimum = {};
             if (kind == KIND_INT4_MINIMUM) minimum = widen_halves(at + scale_bytes);
+            if (count == 1) inner[0][b] += odd[b];
             for (int i = 0; i < count; i++) {
                 total[i][b] += __builtin_convertvector(inner[i][b], vf) * (scales * scale[i][g]);
                 if (kind == KIND_INT4_MINIMUM) total[i][b] += minimum * (scale[i][g] * (float)sum[i][g]);
