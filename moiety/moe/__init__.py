@@ -1,1 +1,1 @@
-"""moe"""
+"""The layer: routers, balance, capacity, experts."""

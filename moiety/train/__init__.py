@@ -1,1 +1,1 @@
-"""Training: texts, tokens on disk, the loop, the optimizer, adapters, the state of a run."""
+"""Training: texts, tokens on disk, the loop, the optimizer, the state of a run."""

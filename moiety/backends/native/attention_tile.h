@@ -5,7 +5,7 @@
  * are computed with it: results do not depend on the batch, on the pieces a prompt came in, or on which pages it has. What
  * rounds in more than one way (a product and a sum in one step, or not) is in functions that are compiled once. */
 
-INLINE vf LEVEL(choose)(vi mask, vf a, vf b) { return (vf)(((vi)a & mask) | ((vi)b & ~mask)); }
+#include "exponential.h"
 
 INLINE vf LEVEL(load)(const float *at) {
     vf x;
@@ -21,28 +21,10 @@ INLINE vf LEVEL(stored)(int bfloat16, const char *at) {
     return (vf)(__builtin_convertvector(half, vu) << 16);
 }
 
-/* As tile.h has it; x is at most 88. */
-INLINE vf LEVEL(power_of_e)(vf x) {
-    const vf low = (vf){} - 87.0f;
-    const vf bounded = LEVEL(choose)(x < low, low, x);
-    const vf shifted = bounded * 1.44269504f + 0x1.8p23f;
-    const vf whole = shifted - 0x1.8p23f;
-    const vf rest = (bounded - whole * 0.693359375f) - whole * -2.12194440e-4f;
-    vf p = rest * (1.0f / 5040) + 1.0f / 720;
-    p = p * rest + 1.0f / 120;
-    p = p * rest + 1.0f / 24;
-    p = p * rest + 1.0f / 6;
-    p = p * rest + 0.5f;
-    p = p * rest + 1.0f;
-    p = p * rest + 1.0f;
-    const vi power = ((vi)shifted - 0x4b400000 + 127) << 23;
-    return LEVEL(choose)(x != x, x, p * (vf)power);
-}
-
 /* cap * tanh(x / cap) */
 INLINE vf LEVEL(capped)(vf x, float cap) {
     const vf zero = {}, size = LEVEL(choose)(x < zero, -x, x);
-    const vf decay = LEVEL(power_of_e)(size * (-2.0f / cap));
+    const vf decay = LEVEL(exponential)(size * (-2.0f / cap));
     const vf y = cap * ((1.0f - decay) / (1.0f + decay));
     return LEVEL(choose)(x < zero, -y, y);
 }
@@ -223,9 +205,9 @@ static __attribute__((noinline)) void LEVEL(weigh)(LEVEL(rows) *r, int64_t row, 
         best = LEVEL(choose)(s[b] > best, s[b], best);
     }
     const float here = LEVEL(largest)(best), before = r->most[row], most = here > before ? here : before;
-    const float correction = here > before ? LEVEL(power_of_e)((vf){} + (before - here))[0] : 1;
+    const float correction = here > before ? LEVEL(exponential)((vf){} + (before - here))[0] : 1;
     for (int b = 0; b < BLOCKS; b++) {
-        const vf weight = LEVEL(choose)(seen[b], LEVEL(power_of_e)(s[b] - most), (vf){});
+        const vf weight = LEVEL(choose)(seen[b], LEVEL(exponential)(s[b] - most), (vf){});
         total += weight;
         memcpy(score + BLOCK * b, &weight, sizeof weight);
     }

@@ -39,8 +39,8 @@ INLINE vf widen_halves(const uint8_t *at) {
     }
     const vi size = bits & 0x7fff;
     const vi special = size >= 0x7c00; /* infinite or not a number: the largest exponent stays the largest */
-    const vf number = pick(special, (vf)(size << 13 | 0x7f800000), (vf)(size << 13) * 0x1p112f);
-    return (vf)((vi)number | (bits & 0x8000) << 16);
+    const vi finite = (vi)((vf)(size << 13) * 0x1p112f);
+    return (vf)((special & (size << 13 | 0x7f800000)) | (~special & finite) | (bits & 0x8000) << 16);
 }
 
 #include "tile.h"

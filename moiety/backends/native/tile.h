@@ -9,6 +9,8 @@
  * A vector is 16 lanes of 32 bits, one for each row of a tile; gcc and clang cut it to the registers there are. Every
  * output is summed in the same order whatever the number of rows, so results do not depend on what else is in a batch. */
 
+#include "exponential.h"
+
 /* What one tile's scales are: of 16 rows. */
 INLINE vf LEVEL(scales)(int kind, const uint8_t *at) {
     if (kind != KIND_MXFP4) return widen_halves(at);
@@ -17,7 +19,7 @@ INLINE vf LEVEL(scales)(int kind, const uint8_t *at) {
     const vi power = __builtin_convertvector(bytes, vi);
     /* 2 ** (power - 127), and half of it because the table holds doubled numbers; 0 means 2 ** -127 */
     vf half = (vf)(power << 23) * 0.5f;
-    return pick(power == 0, (vf){} + 0x1p-128f, half);
+    return LEVEL(choose)(power == 0, (vf){} + 0x1p-128f, half);
 }
 
 INLINE int LEVEL(zero_of)(int kind) {
@@ -226,24 +228,6 @@ static void LEVEL(prepare)(const matrix *w, const float *x, int8_t *code, float 
     }
 }
 
-/* exp by 2 ** whole * 2 ** rest, the rest by a polynomial; relative error below 2e-7. */
-INLINE vf LEVEL(exponential)(vf x) {
-    const vf low = (vf){} - 87.0f, high = (vf){} + 88.0f;
-    const vf bounded = pick(x < low, low, pick(x > high, high, x));
-    const vf shifted = bounded * 1.44269504f + 0x1.8p23f;
-    const vf whole = shifted - 0x1.8p23f;
-    const vf rest = (bounded - whole * 0.693359375f) - whole * -2.12194440e-4f;
-    vf p = rest * (1.0f / 5040) + 1.0f / 720;
-    p = p * rest + 1.0f / 120;
-    p = p * rest + 1.0f / 24;
-    p = p * rest + 1.0f / 6;
-    p = p * rest + 0.5f;
-    p = p * rest + 1.0f;
-    p = p * rest + 1.0f;
-    const vi power = ((vi)shifted - 0x4b400000 + 127) << 23;
-    return pick(x != x, x, p * (vf)power); /* not a number stays one */
-}
-
 INLINE vf LEVEL(sigmoid)(vf x) { return 1.0f / (1.0f + LEVEL(exponential)(-x)); }
 
 static void LEVEL(activate)(int32_t activation, float limit, const float *gate, const float *up, float *hidden) {
@@ -252,14 +236,14 @@ static void LEVEL(activate)(int32_t activation, float limit, const float *gate, 
     if (up) memcpy(&u, up, sizeof u);
     switch (activation) {
     case ACT_SILU: y = g * LEVEL(sigmoid)(g) * u; break;
-    case ACT_RELU: y = pick(g <= 0, (vf){}, g) * u; break;
+    case ACT_RELU: y = LEVEL(choose)(g <= 0, (vf){}, g) * u; break;
     case ACT_GELU_TANH: y = g * LEVEL(sigmoid)(1.5957691216f * (g + 0.044715f * g * g * g)) * u; break;
     case ACT_GELU:
         for (int n = 0; n < ROWS; n++) y[n] = 0.5f * g[n] * (1 + erff(g[n] * 0.70710678f)) * u[n];
         break;
     case ACT_CLAMPED:
-        g = pick(g > limit, (vf){} + limit, g);
-        u = pick(u > limit, (vf){} + limit, pick(u < -limit, (vf){} - limit, u));
+        g = LEVEL(choose)(g > limit, (vf){} + limit, g);
+        u = LEVEL(choose)(u > limit, (vf){} + limit, LEVEL(choose)(u < -limit, (vf){} - limit, u));
         y = (u + 1.0f) * g * LEVEL(sigmoid)(1.702f * g);
         break;
     default: y = g * u;

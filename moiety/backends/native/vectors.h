@@ -33,6 +33,3 @@ INLINE vi load_line(const uint8_t *at) {
     memcpy(&line, at, sizeof line);
     return line;
 }
-
-/* Lanes of a where the mask is set, of b elsewhere. */
-INLINE vf pick(vi mask, vf a, vf b) { return (vf)(((vi)a & mask) | ((vi)b & ~mask)); }
