@@ -95,14 +95,16 @@ def library() -> ctypes.CDLL | None:
     kernels.moiety_best_level.restype = small
     kernels.moiety_no_amx.restype = ctypes.c_char_p
     kernels.moiety_read.restype = kernels.moiety_multiply.restype = wide
-    layer = [pointer, pointer, small, small, ctypes.c_float, pointer, wide, wide]
-    for operation, arguments in (
+    layer: list[Any] = [pointer, pointer, small, small, ctypes.c_float, pointer, wide, wide]
+    taken: tuple[tuple[Any, list[Any]], ...] = (
         (kernels.moiety_grouped_linear, [pointer, pointer, wide, wide, pointer, pointer, pointer]),
         (kernels.moiety_experts, [*layer, pointer, pointer, pointer, wide, pointer, pointer]),
         (kernels.moiety_expert_rows, [*layer, pointer, pointer, wide, pointer, pointer, pointer]),
         (kernels.moiety_combine, [pointer, wide, pointer, pointer, wide, wide, pointer, pointer]),
-    ):
-        operation.restype, operation.argtypes = small, arguments
+    )
+    for operation, arguments in taken:
+        operation.restype = small
+        operation.argtypes = arguments
     return kernels
 
 
