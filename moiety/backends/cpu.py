@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from moiety.backends import reference
+from moiety.backends.cpu_memory import into_huge_pages
 from moiety.backends.weights import CLAMPED, ExpertWeights
 from moiety.errors import DependencyError
 from moiety.formats import Format
@@ -163,6 +164,7 @@ class Matrix:
         self._bias_tiles = None if self.bias is None else _bias_tiles(self.bias, weight)
         experts, row_blocks, groups, tile_bytes = weight.tiles.shape
         assert weight.tiles.is_contiguous() and weight.tiles.device.type == "cpu", weight.tiles.shape
+        into_huge_pages(weight.tiles)
         self._as_c = _CMatrix(
             weight.tiles.data_ptr(),
             None if self._bias_tiles is None else self._bias_tiles.data_ptr(),
