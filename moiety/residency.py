@@ -112,6 +112,7 @@ class Residency:
         misses: Experts that were not.
         guesses: Experts that were loaded on a guess.
         right: Of these, the ones that were wanted next.
+        sweeps: The call goes through so many experts that what it misses is kept by former use alone.
 
     Raises:
         ConfigError: no such policy, or too few slots.
@@ -145,7 +146,7 @@ class Residency:
         self._pinned: set[Key] = set()
         self._spare = list(range(spare))
         self._guessed: dict[Key, int] = {}
-        self._now, self._call_guarded = 0, False
+        self._now, self.sweeps = 0, False
         self.hits = self.misses = self.guesses = self.right = 0
 
     def __contains__(self, key: Key) -> bool:
@@ -182,7 +183,7 @@ class Residency:
         self._now += 1
         now, pool = self._now / self.layers, self._pool(layer)
         shared = 1 if self.policy.divided else self.layers
-        self._call_guarded = self.policy.guarded and len(experts) * shared > pool.size
+        self.sweeps = self.policy.guarded and len(experts) * shared > pool.size
         hits: dict[int, int] = {}
         missing: list[int] = []
         for expert in experts:
@@ -193,7 +194,7 @@ class Residency:
             if slot is None:
                 missing.append(expert)
                 # a call that sweeps through everything says nothing new about an expert
-                self._rank[key] = before if self._call_guarded else score
+                self._rank[key] = before if self.sweeps else score
                 continue
             hits[expert] = slot
             self._pinned.add(key)
