@@ -21,15 +21,16 @@ from pathlib import Path
 from typing import NamedTuple, final
 
 import torch
-import xxhash
-from torch import Tensor
+from torch import Tensor, nn
 
 from moiety.errors import FormatError, MoietyError, StorageError
+from moiety.formats.tiles import EXPERT_MULTIPLE
+from moiety.model.expert_file import ExpertFile, ExpertStack, check_expert
+from moiety.moe.streamed import StreamedExperts
 from moiety.residency import Key, Residency
 
-__all__ = ["ALIGNMENT", "ExpertStore", "Piece", "StoreStatistics", "silent"]
+__all__ = ["ExpertStore", "StoreStatistics", "silent", "slot_bytes", "store_of"]
 
-ALIGNMENT = 4096  # of slots, of pieces in a file, and of their sizes: what O_DIRECT asks for
 PART_BYTES = (
     2 << 20
 )  # of one read: large enough for full speed, small enough to divide an expert among threads
@@ -42,12 +43,23 @@ def silent(line: str) -> None:
     """Say nothing."""
 
 
-class Piece(NamedTuple):
-    """Where an expert lies in the file; its checksum is XXH3 in 64 bits."""
+class _Piece(NamedTuple):
+    """An expert in the file: its stack, its place there."""
 
-    offset_bytes: int
-    size_bytes: int
-    checksum: int
+    stack: ExpertStack
+    place: int
+
+    @property
+    def offset_bytes(self) -> int:
+        return self.stack.offset_of(self.place)
+
+    @property
+    def size_bytes(self) -> int:
+        return self.stack.expert_bytes
+
+    @property
+    def words(self) -> str:
+        return f"expert {self.stack.numbers[self.place]} of layer {self.stack.layer}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +76,8 @@ class StoreStatistics:
         guesses: Experts that were read before a call wanted them.
         right: Of these, the ones that the next call did want.
         skipped_pairs: Pairs of a token and a missing expert that were left out (`skip_misses_below`).
+        changed_pairs: Pairs that went to an expert because it was in memory (`resident_bias`).
+        pairs: All pairs, where one of these two is on.
     """
 
     slots: int
@@ -75,6 +89,8 @@ class StoreStatistics:
     guesses: int
     right: int
     skipped_pairs: int
+    changed_pairs: int
+    pairs: int
 
     @property
     def hit_rate(self) -> float:
@@ -86,7 +102,10 @@ class StoreStatistics:
     def words(self) -> str:
         """One line for people."""
         guessed = f", {self.right} of {self.guesses} guesses right" if self.guesses else ""
-        skipped = f", {self.skipped_pairs} pairs left out" if self.skipped_pairs else ""
+        skipped = ""
+        if self.pairs:
+            shares = (100 * count / self.pairs for count in (self.changed_pairs, self.skipped_pairs))
+            skipped = ", {:.2f} % of pairs changed, {:.2f} % left out".format(*shares)
         return (
             f"experts: {100 * self.hit_rate:.1f} % in memory, {self.read_bytes / 1e9:.2f} GB read, "
             f"{self.waited_s:.1f} s waited for the disk{guessed}{skipped}"
@@ -97,12 +116,12 @@ class StoreStatistics:
 class _Load:
     """An expert on its way; the reader's lock guards what changes."""
 
-    def __init__(self, key: Key, slot: int, piece: Piece, is_guess: bool) -> None:
+    def __init__(self, key: Key, slot: int, piece: _Piece, is_guess: bool) -> None:
         self.key, self.slot, self.piece, self.is_guess = key, slot, piece, is_guess
         self.is_begun = self.is_done = False
         self.error: MoietyError | None = None
         parts = -(-piece.size_bytes // PART_BYTES)
-        step = -(-piece.size_bytes // parts // ALIGNMENT) * ALIGNMENT
+        step = -(-piece.size_bytes // parts // EXPERT_MULTIPLE) * EXPERT_MULTIPLE
         self.parts = deque(
             (at, min(step, piece.size_bytes - at)) for at in range(0, piece.size_bytes, step)
         )  # first byte and number of bytes of what nobody reads yet
@@ -215,10 +234,10 @@ class _Reader:
         try:
             while done < size:
                 count = os.preadv(self._descriptor, [self._memory[first + done : first + size]], place + done)
-                done += count - count % ALIGNMENT if self._is_direct else count
-                if count == 0 or (self._is_direct and count < ALIGNMENT):
+                done += count - count % EXPERT_MULTIPLE if self._is_direct else count
+                if count == 0 or (self._is_direct and count < EXPERT_MULTIPLE):
                     return FormatError(
-                        f"{self.path} ends at byte {os.fstat(self._descriptor).st_size:,}, but {_named(load.key)} lies "
+                        f"{self.path} ends at byte {os.fstat(self._descriptor).st_size:,}, but {load.piece.words} lies "
                         f"at {load.piece.offset_bytes:,} to {load.piece.offset_bytes + load.piece.size_bytes:,}",
                         hint="it was cut while in use: put it back, or pack the model again",
                     )
@@ -226,23 +245,17 @@ class _Reader:
                 os.posix_fadvise(self._descriptor, place, size, os.POSIX_FADV_DONTNEED)
         except OSError as error:
             return StorageError(
-                f"cannot read {_named(load.key)} from {self.path}: {error.strerror}", hint="check the disk"
+                f"cannot read {load.piece.words} from {self.path}: {error.strerror}", hint="check the disk"
             )
         return None
 
     def _check(self, load: _Load) -> MoietyError | None:
-        first = load.slot * self._slot_bytes
-        found = xxhash.xxh3_64_intdigest(self._memory[first : first + load.piece.size_bytes])
-        if found == load.piece.checksum:
-            return None
-        return FormatError(
-            f"{self.path}: {_named(load.key)} has checksum {found:016x}; written was {load.piece.checksum:016x}",
-            hint="the file was changed or the disk is failing: pack the model again",
-        )
-
-
-def _named(key: Key) -> str:
-    return f"expert {key[1]} of MoE layer {key[0]}"
+        first, (stack, place) = load.slot * self._slot_bytes, load.piece
+        try:
+            check_expert(self.path, stack, place, self._memory[first : first + stack.expert_bytes])
+        except FormatError as error:
+            return error
+        return None
 
 
 def _opened(path: Path) -> tuple[int, bool]:
@@ -258,7 +271,7 @@ def _opened(path: Path) -> tuple[int, bool]:
                     raise
             else:
                 try:
-                    with mmap.mmap(-1, ALIGNMENT) as probe:
+                    with mmap.mmap(-1, EXPERT_MULTIPLE) as probe:
                         os.preadv(descriptor, [probe], 0)
                     return descriptor, True
                 except OSError:
@@ -268,6 +281,29 @@ def _opened(path: Path) -> tuple[int, bool]:
         raise StorageError(f"cannot read {path}: {error.strerror}", hint="check its permissions") from error
 
 
+def _pieces_of(file: ExpertFile) -> list[dict[int, _Piece]]:
+    """Every expert by its number, for each layer that has some."""
+    found: dict[int, dict[int, _Piece]] = {}
+    for stack in file.stacks:
+        mine = found.setdefault(stack.layer, {})
+        mine |= {number: _Piece(stack, place) for place, number in enumerate(stack.numbers)}
+    return [found[layer] for layer in sorted(found)]
+
+
+def slot_bytes(file: ExpertFile) -> int:
+    """Of a slot that can hold any expert of the file."""
+    return max(stack.expert_bytes for stack in file.stacks)
+
+
+def store_of(model: nn.Module) -> ExpertStore | None:
+    """Where a model's experts come from; None where they are all in memory."""
+    for module in model.modules():
+        if isinstance(module, StreamedExperts):
+            assert isinstance(module.source, ExpertStore), type(module.source)
+            return module.source
+    return None
+
+
 @final
 class ExpertStore:
     """Experts of all layers in a file, some of them in slots of memory.
@@ -275,9 +311,8 @@ class ExpertStore:
     One call at a time goes through it, from any thread. It is closed at the latest when nobody knows it any more.
 
     Args:
-        path: The file.
-        pieces: Where the experts of each layer lie, layers in order.
-        residency: Who is in which slot.
+        file: Where the experts are.
+        residency: Who is in which slot; its layers are the file's layers with experts, in order.
         say: Told, in a sentence, what a person should know; such as that the disk is slow.
 
     Raises:
@@ -286,16 +321,14 @@ class ExpertStore:
 
     def __init__(
         self,
-        path: Path,
-        pieces: Sequence[Sequence[Piece]],
+        file: ExpertFile,
         residency: Residency,
         *,
         say: Callable[[str], None] = silent,
     ) -> None:
-        assert len(pieces) == residency.layers, (len(pieces), residency.layers)
-        self.path, self.pieces, self.residency = path, pieces, residency
-        self.slot_bytes = max(piece.size_bytes for layer in pieces for piece in layer)
-        assert self.slot_bytes % ALIGNMENT == 0, self.slot_bytes
+        self.residency, self._pieces = residency, _pieces_of(file)
+        assert len(self._pieces) == residency.layers, (len(self._pieces), residency.layers)
+        self.slot_bytes = slot_bytes(file)
         self.slab_bytes = residency.slots * self.slot_bytes
         try:
             memory = mmap.mmap(-1, self.slab_bytes)
@@ -303,14 +336,14 @@ class ExpertStore:
             raise StorageError(f"the system gives no {self.slab_bytes:,} bytes of memory: {error}") from error
         if sys.platform == "linux":
             memory.madvise(mmap.MADV_HUGEPAGE)
-        self.slab: Tensor = torch.frombuffer(memory, dtype=torch.uint8)
+        self.slots_SB: Tensor = torch.frombuffer(memory, dtype=torch.uint8).view(residency.slots, -1)
         self._say = say
-        self._reader = _Reader(path, memoryview(memory), self.slot_bytes, say)
+        self._reader = _Reader(file.path, memoryview(memory), self.slot_bytes, say)
         self._close = weakref.finalize(self, self._reader.close)
         self._flying: dict[Key, _Load] = {}
-        self._calling = threading.Lock()
+        self._calling = threading.RLock()  # a guess comes in the middle of a call
         self._waited_s = 0.0
-        self.skipped_pairs = 0
+        self.skipped_pairs = self.changed_pairs = self.pairs = 0
 
     def lacks(self, layer: int, experts: Sequence[int]) -> list[int]:
         """Those that are neither in memory nor on their way."""
@@ -360,7 +393,7 @@ class ExpertStore:
                 key = layer, expert
                 slot = self.residency.guess(key)
                 if slot is not None:
-                    self._flying[key] = load = _Load(key, slot, self.pieces[layer][expert], True)
+                    self._flying[key] = load = _Load(key, slot, self._pieces[layer][expert], True)
                     self._reader.submit(load)
 
     def statistics(self) -> StoreStatistics:
@@ -376,6 +409,8 @@ class ExpertStore:
             guesses=residency.guesses,
             right=residency.right,
             skipped_pairs=self.skipped_pairs,
+            changed_pairs=self.changed_pairs,
+            pairs=self.pairs,
         )
 
     def close(self) -> None:
@@ -390,7 +425,7 @@ class ExpertStore:
             taken = self.residency.take(key)
             if taken is None:
                 return
-            pending[missing.pop()] = load = _Load(key, taken.slot, self.pieces[layer][key[1]], False)
+            pending[missing.pop()] = load = _Load(key, taken.slot, self._pieces[layer][key[1]], False)
             self._reader.submit(load)
 
     def _arrived(self, pending: dict[int, _Load]) -> dict[int, int]:
@@ -406,8 +441,8 @@ class ExpertStore:
                     said_s = now_s
                     left = sum(size for load in pending.values() for _, size in load.parts)
                     self._say(
-                        f"waiting for the disk for {now_s - begun_s:.0f} s: {len(pending)} experts of MoE layer "
-                        f"{next(iter(pending.values())).key[0]} are to come, {left / 1e6:.0f} MB not begun"
+                        f"waiting for the disk for {now_s - begun_s:.0f} s: {len(pending)} experts of layer "
+                        f"{next(iter(pending.values())).piece.stack.layer} are to come, {left / 1e6:.0f} MB not begun"
                     )
         self._waited_s += time.perf_counter() - begun_s
         failed = [load for expert in done if (load := pending[expert]).error is not None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from moiety.moe.dense_gradient import dense_gradient
 from moiety.moe.experts import Experts, FeedForward
 from moiety.moe.packed import MixedExperts, PackedExperts, PackedFeedForward
 from moiety.moe.routers import Router, RouterContext, compiled
+from moiety.moe.streamed import StreamedExperts
 from moiety.routing import Noise, Routing
 
 __all__ = ["MoE", "MoEOutput"]
@@ -192,7 +194,7 @@ class MoE(nn.Module):
             "gated": gated,
             **like,
         }
-        self.experts: Experts | PackedExperts | MixedExperts
+        self.experts: Experts | PackedExperts | MixedExperts | StreamedExperts
         self.experts = Experts(d_model, d_ff, experts, bias=bias, backend=backend, **shape)
         self.shared: FeedForward | PackedFeedForward | None
         self.shared = FeedForward(d_model, shared_d_ff, bias=shared_bias, **shape) if shared_d_ff else None
@@ -259,6 +261,9 @@ class MoE(nn.Module):
             UsageError: the router needs token ids and got none, or something is not one for each token or expert.
         """
         self._check_pinned(pinned, len(x_TD))
+        streamed = self.experts if isinstance(self.experts, StreamedExperts) and pinned is None else None
+        if streamed is not None and cost_E is None:
+            cost_E = streamed.cost_of(self.choices)
         _check_lengths(len(x_TD), self.choices, valid_T, token_id_T, cost_E)
         best = self._compiled(x_TD) if pinned is None and valid_T is None else None
         if best is not None and self.gate is not None:
@@ -286,6 +291,9 @@ class MoE(nn.Module):
             pairs = pinned
             if pairs is None:
                 pairs = self._choose(score_TE.detach(), context, sequences)
+            if streamed is not None and streamed.prefer:
+                plain = dataclasses.replace(context, cost_E=None)
+                streamed.note(pairs, self._choose(score_TE.detach(), plain, sequences))
             weight_N = self._weigh(score_TE, pairs, context)
         if self.gate is None:
             return pairs.with_weights(weight_N)
@@ -293,7 +301,9 @@ class MoE(nn.Module):
 
     def _compiled(self, x_TD: Tensor) -> cpu_routing.Best | None:
         """How the compiled kernel decides as this router does; None where it cannot. Only beside packed experts."""
-        packed = isinstance(self.experts, PackedExperts | MixedExperts) and bool(cpu.level())
+        packed = isinstance(self.experts, PackedExperts | MixedExperts | StreamedExperts) and bool(
+            cpu.level()
+        )
         if not packed or self.training or torch.is_grad_enabled() or self.capacity is not None:
             return None
         fits = (

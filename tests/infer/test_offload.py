@@ -6,6 +6,7 @@ import contextlib
 import errno
 import functools
 import gc
+import itertools
 import os
 import random
 import threading
@@ -18,12 +19,19 @@ import pytest
 import xxhash
 
 from moiety.errors import FormatError, MoietyError, StorageError
+from moiety.formats import FORMATS
+from moiety.formats.tiles import EXPERT_MULTIPLE, Projection
 from moiety.infer import offload
-from moiety.infer.offload import ALIGNMENT, ExpertStore, Piece
+from moiety.infer.offload import ExpertStore
+from moiety.model.expert_file import ExpertFile, ExpertStack
 from moiety.residency import POLICIES, Residency
 
 LAYERS, EXPERTS = 3, 6
-SIZES = (3 * ALIGNMENT, 5 * ALIGNMENT, offload.PART_BYTES + 7 * ALIGNMENT)  # of a layer's experts
+SIZES = (
+    3 * EXPERT_MULTIPLE,
+    5 * EXPERT_MULTIPLE,
+    offload.PART_BYTES + 7 * EXPERT_MULTIPLE,
+)  # of a layer's experts
 
 
 @functools.cache
@@ -31,32 +39,51 @@ def content(layer: int, expert: int) -> bytes:
     return random.Random(layer * EXPERTS + expert).randbytes(SIZES[layer])
 
 
+NUMBERS = ((0, 2, 3, 4), (1, 5))  # a layer's experts are in two stacks
+
+
 @pytest.fixture
-def packed(tmp_path: Path) -> tuple[Path, list[list[Piece]]]:
-    """A file with a header and experts behind it."""
-    path, pieces = tmp_path / "experts.bin", list[list[Piece]]()
+def packed(tmp_path: Path) -> ExpertFile:
+    """A file with a header and experts behind it; the blocks with experts are 1, 3 and 5."""
+    path, stacks = tmp_path / "experts.bin", list[ExpertStack]()
+    unused = Projection(FORMATS["int8-g32"], 16, 32, interleaved=False)
     with path.open("wb") as file:
-        file.write(b"head".ljust(ALIGNMENT))
-        for layer in range(LAYERS):
-            pieces.append([])
-            for expert in range(EXPERTS):
-                bytes_ = content(layer, expert)
-                pieces[-1].append(Piece(file.tell(), len(bytes_), xxhash.xxh3_64_intdigest(bytes_)))
-                file.write(bytes_)
-    return path, pieces
+        file.write(b"head".ljust(EXPERT_MULTIPLE))
+        for layer, (part, numbers) in itertools.product(range(LAYERS), enumerate(NUMBERS)):
+            whole = [content(layer, number) for number in numbers]
+            stacks.append(
+                ExpertStack(
+                    path=f"blocks.{2 * layer + 1}.feed_forward.experts.parts.{part}",
+                    layer=2 * layer + 1,
+                    part=part,
+                    numbers=numbers,
+                    expert_bytes=SIZES[layer],
+                    offset_bytes=file.tell(),
+                    projections=(unused, unused),
+                    checksums=tuple(map(xxhash.xxh3_64_intdigest, whole)),
+                )
+            )
+            file.write(b"".join(whole))
+    return ExpertFile(path, tuple(stacks))
+
+
+def place(packed: ExpertFile, layer: int, expert: int) -> int:
+    """The first byte of an expert."""
+    stack = next(one for one in packed.stacks if one.layer == 2 * layer + 1 and expert in one.numbers)
+    return stack.offset_of(stack.numbers.index(expert))
 
 
 Make = Callable[..., ExpertStore]
 
 
 @pytest.fixture
-def make(packed: tuple[Path, list[list[Piece]]]) -> Iterator[Make]:
+def make(packed: ExpertFile) -> Iterator[Make]:
     """Stores that are closed in the end."""
     made = []
 
     def store(slots: int = 8, policy: str = "lfru", *, spare: int = 0, **more: object) -> ExpertStore:
         residency = Residency(slots, policy, layers=LAYERS, spare=spare)
-        made.append(ExpertStore(*packed, residency, **more))  # type: ignore[arg-type]
+        made.append(ExpertStore(packed, residency, **more))  # type: ignore[arg-type]
         return made[-1]
 
     yield store
@@ -69,9 +96,8 @@ def call(store: ExpertStore, layer: int, experts: list[int]) -> list[list[int]]:
     groups = []
     for group in store.waves(layer, experts):
         for expert, slot in group.items():
-            first = slot * store.slot_bytes
             wanted = content(layer, expert)
-            assert store.slab[first : first + len(wanted)].numpy().tobytes() == wanted, (layer, expert)
+            assert store.slots_SB[slot, : len(wanted)].numpy().tobytes() == wanted, (layer, expert)
         groups.append(list(group))
     assert sorted(expert for group in groups for expert in group) == sorted(experts)
     store.residency.check()
@@ -130,59 +156,53 @@ def test_guesses_that_are_late_are_waited_for_or_forgotten(make: Make) -> None:
     assert store.lacks(0, [0, 1]) == [expert for expert in (0, 1) if (0, expert) not in store.residency]
 
 
-def test_a_flipped_bit_names_the_expert_and_the_store_lives_on(
-    make: Make, packed: tuple[Path, list[list[Piece]]]
-) -> None:
-    path, pieces = packed
+def test_a_flipped_bit_names_the_expert_and_the_store_lives_on(make: Make, packed: ExpertFile) -> None:
+    path = packed.path
     store = make()
     call(store, 1, [0])
     with path.open("r+b") as file:
-        file.seek(pieces[1][3].offset_bytes + 777)
+        file.seek(place(packed, 1, 3) + 777)
         byte = file.read(1)
         file.seek(-1, os.SEEK_CUR)
         file.write(bytes([byte[0] ^ 4]))
     for _ in range(2):
-        with pytest.raises(FormatError, match=r"expert 3 of MoE layer 1 has checksum"):
+        with pytest.raises(FormatError, match=r"expert 3 of layer 3 is damaged"):
             call(store, 1, [0, 2, 3])
         store.residency.check()
         assert (1, 3) not in store.residency
     call(store, 1, [0, 2])
     with path.open("r+b") as file:
-        file.seek(pieces[1][3].offset_bytes + 777)
+        file.seek(place(packed, 1, 3) + 777)
         file.write(byte)
     call(store, 1, [3])
 
 
-def test_a_guess_that_failed_is_an_error_only_for_who_wants_it(
-    make: Make, packed: tuple[Path, list[list[Piece]]]
-) -> None:
-    path, pieces = packed
+def test_a_guess_that_failed_is_an_error_only_for_who_wants_it(make: Make, packed: ExpertFile) -> None:
+    path = packed.path
     store = make(8, spare=2)
     with path.open("r+b") as file:
-        file.seek(pieces[2][5].offset_bytes)
+        file.seek(place(packed, 2, 5))
         file.write(b"wrong")
     store.guess(2, [5])
     call(store, 2, [1])
-    with pytest.raises(FormatError, match="expert 5 of MoE layer 2"):
+    with pytest.raises(FormatError, match="expert 5 of layer 5"):
         call(store, 2, [5])
 
 
-def test_a_file_that_is_cut_while_in_use(make: Make, packed: tuple[Path, list[list[Piece]]]) -> None:
-    path, pieces = packed
+def test_a_file_that_is_cut_while_in_use(make: Make, packed: ExpertFile) -> None:
+    path = packed.path
     store = make()
     call(store, 0, [0])
-    os.truncate(path, pieces[2][2].offset_bytes + ALIGNMENT + 100)
+    os.truncate(path, place(packed, 2, 2) + EXPERT_MULTIPLE + 100)
     call(store, 1, [0, 1, 2])
     for expert in (2, 4):
-        with pytest.raises(FormatError, match=rf"ends at byte .* but expert {expert} of MoE layer 2 lies"):
+        with pytest.raises(FormatError, match=rf"ends at byte .* but expert {expert} of layer 5 lies"):
             call(store, 2, [expert])
     call(store, 2, [0])
 
 
-def test_a_file_that_is_replaced_or_removed_does_not_matter(
-    make: Make, packed: tuple[Path, list[list[Piece]]]
-) -> None:
-    path, _ = packed
+def test_a_file_that_is_replaced_or_removed_does_not_matter(make: Make, packed: ExpertFile) -> None:
+    path = packed.path
     store = make()
     call(store, 0, [0])
     other = path.with_name("other")
@@ -202,7 +222,7 @@ def test_the_disk_fails(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "preadv", fails)
-        with pytest.raises(StorageError, match=r"cannot read expert 2 of MoE layer 0 .*Input/output error"):
+        with pytest.raises(StorageError, match=r"cannot read expert 2 of layer 1 .*Input/output error"):
             call(store, 0, [0, 1, 2])
         call(store, 0, [0, 1])
     call(store, 0, [0, 1, 2])
@@ -224,7 +244,7 @@ def test_a_slow_disk_is_not_silent(make: Make, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(offload, "PATIENCE_S", 0.02)
     monkeypatch.setattr(os, "preadv", slow(0.1))
     call(store, 2, [0, 1])
-    assert said and "waiting for the disk" in said[0] and "experts of MoE layer 2" in said[0]
+    assert said and "waiting for the disk" in said[0] and "experts of layer 5" in said[0]
     assert store.statistics().waited_s >= 0.1
 
 
@@ -255,12 +275,12 @@ def test_without_direct_reads(make: Make, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_file_system_that_refuses_direct_reads(
-    make: Make, monkeypatch: pytest.MonkeyPatch, packed: tuple[Path, list[list[Piece]]]
+    make: Make, monkeypatch: pytest.MonkeyPatch, packed: ExpertFile
 ) -> None:
     opened, refused = os.open, []
 
     def refuses(path: object, flags: int, *more: int) -> int:
-        if path == packed[0] and flags & os.O_DIRECT:
+        if path == packed.path and flags & os.O_DIRECT:
             refused.append(path)
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         return opened(path, flags, *more)  # type: ignore[arg-type]
@@ -271,21 +291,18 @@ def test_a_file_system_that_refuses_direct_reads(
     assert refused
 
 
-def test_a_file_that_may_not_be_read(packed: tuple[Path, list[list[Piece]]]) -> None:
-    path, pieces = packed
+def test_a_file_that_may_not_be_read(packed: ExpertFile) -> None:
     with pytest.raises(StorageError, match="No such file"):
-        ExpertStore(path.with_name("none"), pieces, Residency(4, layers=LAYERS))
+        ExpertStore(packed._replace(path=packed.path.with_name("none")), Residency(4, layers=LAYERS))
 
 
-def test_too_much_memory_is_refused(
-    packed: tuple[Path, list[list[Piece]]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_too_much_memory_is_refused(packed: ExpertFile, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuses(*_: int) -> None:
         raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
 
     monkeypatch.setattr("mmap.mmap", refuses)
     with pytest.raises(StorageError, match=r"gives no .* bytes of memory"):
-        ExpertStore(*packed, Residency(4, layers=LAYERS))
+        ExpertStore(packed, Residency(4, layers=LAYERS))
 
 
 def test_two_stores_on_one_file_and_many_threads_on_one_store(make: Make) -> None:
@@ -315,9 +332,9 @@ def test_closing_ends_the_threads(make: Make) -> None:
         call(store, 0, [1])
 
 
-def test_a_store_that_nobody_knows_is_closed(packed: tuple[Path, list[list[Piece]]]) -> None:
+def test_a_store_that_nobody_knows_is_closed(packed: ExpertFile) -> None:
     before = threading.active_count()
-    store = ExpertStore(*packed, Residency(4, layers=LAYERS))
+    store = ExpertStore(packed, Residency(4, layers=LAYERS))
     call(store, 0, [0])
     del store
     gc.collect()
