@@ -24,6 +24,7 @@ from torch import Tensor
 from moiety.config import ModelConfig, require
 from moiety.errors import BusyError, ConfigError, MoietyError, UsageError
 from moiety.infer.drafts import Drafter
+from moiety.infer.offload import StoreStatistics, store_of
 from moiety.infer.options import EngineOptions, RequestOptions
 from moiety.infer.pages import Pages
 from moiety.infer.request import Reason, Request, State
@@ -34,7 +35,16 @@ from moiety.model.paged import PagePool
 from moiety.model.tokenizer import TextStream, Tokenizer
 from moiety.model.transformer import Transformer
 
-__all__ = ["Engine", "Event", "Handle", "Result", "Statistics", "check_model", "page_count"]
+__all__ = [
+    "AUTOMATIC_BYTES",
+    "Engine",
+    "Event",
+    "Handle",
+    "Result",
+    "Statistics",
+    "check_model",
+    "page_count",
+]
 
 AUTOMATIC_BYTES = 2**30
 WINDOW_STEPS = 256
@@ -116,6 +126,7 @@ class Statistics:
         drafting: Whether guessing is on, and why.
         tokens_per_s: Tokens of answers over the time of the last steps.
         imbalance: Pairs of the busiest expert over the mean of all, in the last step, the mean over layers.
+        experts: What the store of experts has done; None where all are in memory.
     """
 
     running: int
@@ -134,15 +145,19 @@ class Statistics:
     drafting: str
     tokens_per_s: float
     imbalance: float
+    experts: StoreStatistics | None = None
 
 
-def page_count(config: ModelConfig, options: EngineOptions, dtype: torch.dtype) -> tuple[int, int]:
+def page_count(
+    config: ModelConfig, options: EngineOptions, dtype: torch.dtype, automatic_bytes: int = AUTOMATIC_BYTES
+) -> tuple[int, int]:
     """How many pages there will be, and the longest sequence in tokens.
 
     Args:
         config: The model's.
         options: Bytes, page size and longest sequence.
         dtype: Of keys and values.
+        automatic_bytes: Taken where the options name no bytes.
 
     Raises:
         ConfigError: sequences longer than the model's, or too few bytes for one of them.
@@ -152,7 +167,7 @@ def page_count(config: ModelConfig, options: EngineOptions, dtype: torch.dtype) 
     require(asked <= seen, f"max_positions is {asked}; the model was made for {seen}")
     longest = asked or seen
     page_bytes = PagePool(config, 1, size, dtype=dtype).page_bytes
-    fitting, needed = (options.kv_bytes or AUTOMATIC_BYTES) // page_bytes, -(-longest // size)
+    fitting, needed = (options.kv_bytes or automatic_bytes) // page_bytes, -(-longest // size)
     if options.kv_bytes == 0 and asked == 0:
         needed = min(needed, max(fitting, 1))
         longest = min(longest, needed * size)
@@ -261,7 +276,9 @@ class Engine:
         check_model(model)
         self.options = options = EngineOptions() if options is None else options
         dtype = self.kv_dtype(model, options)
-        count, self.max_positions = page_count(model.config, options, dtype)
+        self._store = store_of(model)
+        automatic_bytes = AUTOMATIC_BYTES if self._store is None else self._store.kv_bytes
+        count, self.max_positions = page_count(model.config, options, dtype, automatic_bytes)
         self._tokenizer, self._vocabulary = tokenizer, model.config.vocab_size
         self._ends = ends if ends is not None else frozenset({tokenizer.end_id} if tokenizer else ())
         self._runner = Runner(model, count, options.page_tokens, dtype)
@@ -379,8 +396,11 @@ class Engine:
     def step(self) -> list[Event]:
         """Make one step; what happened since the last one. Empty when there is nothing to do.
 
+        Where the model cannot be run for a reason that has words, such as a disk that fails, they end every request of
+        the step.
+
         Raises:
-            MoietyError, RuntimeError: the model could not be run; every request of the step has ended with an error.
+            RuntimeError: the model could not be run for another reason; every request of the step has ended too.
         """
         with self._stepping:
             self._step()
@@ -477,6 +497,7 @@ class Engine:
             drafting="off: not asked for" if self._drafter is None else self._drafter.reason,
             tokens_per_s=sum(tokens for _, tokens in recent) / busy_s if busy_s else 0.0,
             imbalance=imbalance(list(self._runner.counts.values())),
+            experts=None if self._store is None else self._store.statistics(),
         )
 
     def expert_counts(self) -> Mapping[int, Tensor]:
@@ -510,9 +531,16 @@ class Engine:
         try:
             outcomes = self._runner.run(slices)
         except BaseException as error:
+            known = isinstance(error, MoietyError)
             for piece in slices:
-                self._end(piece.request, "error", f"the step failed: {type(error).__name__}")
-            raise
+                self._end(
+                    piece.request,
+                    "error",
+                    str(error) if known else f"the step failed: {type(error).__name__}",
+                )
+            if not known:
+                raise
+            return
         now_s, drawn = time.perf_counter(), 0
         for piece, outcome in zip(slices, outcomes, strict=True):
             drawn += self._settle(piece, outcome, now_s)

@@ -343,6 +343,7 @@ class ExpertStore:
         self._flying: dict[Key, _Load] = {}
         self._calling = threading.RLock()  # a guess comes in the middle of a call
         self._waited_s = 0.0
+        self.kv_bytes = 0  # what whoever made the budget set aside for keys and values
         self.skipped_pairs = self.changed_pairs = self.pairs = 0
 
     def lacks(self, layer: int, experts: Sequence[int]) -> list[int]:

@@ -261,9 +261,6 @@ class MoE(nn.Module):
             UsageError: the router needs token ids and got none, or something is not one for each token or expert.
         """
         self._check_pinned(pinned, len(x_TD))
-        streamed = self.experts if isinstance(self.experts, StreamedExperts) and pinned is None else None
-        if streamed is not None and cost_E is None:
-            cost_E = streamed.cost_of(self.choices)
         _check_lengths(len(x_TD), self.choices, valid_T, token_id_T, cost_E)
         best = self._compiled(x_TD) if pinned is None and valid_T is None else None
         if best is not None and self.gate is not None:
@@ -291,9 +288,6 @@ class MoE(nn.Module):
             pairs = pinned
             if pairs is None:
                 pairs = self._choose(score_TE.detach(), context, sequences)
-            if streamed is not None and streamed.prefer:
-                plain = dataclasses.replace(context, cost_E=None)
-                streamed.note(pairs, self._choose(score_TE.detach(), plain, sequences))
             weight_N = self._weigh(score_TE, pairs, context)
         if self.gate is None:
             return pairs.with_weights(weight_N)
@@ -312,8 +306,16 @@ class MoE(nn.Module):
         return compiled(self.router) if fits else None
 
     def _choose(self, score_TE: Tensor, context: RouterContext, sequences: int) -> Routing:
-        """The router's pairs, after what the capacity makes of them."""
+        """The router's pairs, after what the capacity makes of them; experts on disk may cost something."""
         pairs = self.router.choose(score_TE, context)
+        if context.cost_E is None and isinstance(self.experts, StreamedExperts):
+            cost_E = self.experts.cost_of(self.choices)
+            if cost_E is not None:
+                plain, pairs = (
+                    pairs,
+                    self.router.choose(score_TE, dataclasses.replace(context, cost_E=cost_E)),
+                )
+                self.experts.note(pairs, plain)
         if self.capacity is None:
             return pairs
         generator = context.generator(6)

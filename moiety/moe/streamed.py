@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -83,10 +82,12 @@ class _Stack:
         self.mask_G = torch.zeros(len(numbers), dtype=torch.uint8)
         self._place, self._mask = place_G.numpy(), self.mask_G.numpy()
         first, second = module.pair
-        self.weights = replace(
-            module.weights,
+        self.weights = cpu.PackedExpertWeights(
             up=cpu.Matrix(up, first.bias, place=place_G),
             down=cpu.Matrix(down, second.bias, place=place_G),
+            activation=module.activation,
+            gated=module.gated,
+            activation_limit=module.activation_limit,
         )
 
     def put(self, slot_of: Mapping[int, int]) -> bool:
