@@ -137,6 +137,8 @@ class StreamedExperts(nn.Module):
             FormatError, StorageError: an expert could not be had.
         """
         refuse_gradient(x_TD, routing.weight_N)
+        if self.skip_below or self.prefer:
+            self.source.pairs += routing.pairs
         if self.skip_below:
             routing = self._thinned(routing)
         wanted = [expert for expert, _, _ in routing.slices]
@@ -172,7 +174,6 @@ class StreamedExperts(nn.Module):
 
     def note(self, chosen: Routing, plain: Routing) -> None:
         """Count the pairs that `prefer` changed."""
-        self.source.pairs += chosen.pairs
         self.source.changed_pairs += int((chosen.mask_TE & ~plain.mask_TE).sum())
 
     def _thinned(self, routing: Routing) -> Routing:

@@ -40,8 +40,8 @@ def folder_of(name: str, tmp_path: Path, policy: Any = None, **changes: Any) -> 
     """A packed tiny model on disk."""
     model = tiny.model(name, **changes).eval()
     quantize(model, policy or policy_named("int4"))
-    model.save(tmp_path / name)
-    return tmp_path / name
+    model.save(tmp_path / "packed")
+    return tmp_path / "packed"
 
 
 def with_slots(folder: Path, slots: int, **options: Any) -> Transformer:
@@ -111,7 +111,7 @@ def test_bfloat16_and_plain_generation(tmp_path: Path) -> None:
 
 
 def test_a_prompt_loads_every_expert_once(tmp_path: Path) -> None:
-    folder = folder_of("mixtral", tmp_path, moe=tiny.experts(experts=24, experts_per_token=2))
+    folder = folder_of("", tmp_path, moe=tiny.experts(experts=24, experts_per_token=2))
     model = with_slots(folder, 10, prefetch=False)
     store = store_of(model)
     assert store is not None
@@ -124,7 +124,7 @@ def test_a_prompt_loads_every_expert_once(tmp_path: Path) -> None:
 
 
 def test_foresight_is_exact_where_the_residual_does_not_change(tmp_path: Path) -> None:
-    model = tiny.model("mixtral", layers=2, moe=tiny.experts(experts=16, experts_per_token=2)).eval()
+    model = tiny.model("", layers=2, moe=tiny.experts(experts=16, experts_per_token=2)).eval()
     with torch.no_grad():
         for block in model.blocks:
             block.feed_forward_norm.weight.uniform_(0.5, 2.0)
@@ -142,7 +142,7 @@ def test_foresight_is_exact_where_the_residual_does_not_change(tmp_path: Path) -
 
 
 def test_experts_on_disk_can_be_made_unpopular_or_left_out(tmp_path: Path) -> None:
-    folder = folder_of("mixtral", tmp_path, moe=tiny.experts(experts=12, experts_per_token=3))
+    folder = folder_of("", tmp_path, moe=tiny.experts(experts=12, experts_per_token=3))
 
     def run(**options: Any) -> Any:
         model = with_slots(folder, 16, prefetch=False, **options)
