@@ -85,6 +85,7 @@ class TraceHeader:
     )
     layers: tuple[int, ...] = option(help="numbers of the blocks with experts")
     experts: tuple[int, ...] = option(help="experts of each of them, null experts among them")
+    null_experts: int = option(0, help="of each layer's experts, the last ones, which multiply nothing")
     k: int = option(0, help="experts that a router chooses for a token; 0 is unknown, or any number")
     vocabulary: int = option(0, help="tokens are below this; 0 is unknown")
     model: str = option("", help="name or path of the model")
@@ -167,7 +168,7 @@ class Chunk:
 
 
 class Step(NamedTuple):
-    """A forward pass for a replay: its tokens, its sequences, and of each layer the experts it used, ascending."""
+    """A forward pass for a replay: its tokens, its sequences, and the experts that each layer multiplied, ascending."""
 
     tokens: int
     requests: int
@@ -210,19 +211,24 @@ class RoutingTrace:
                 "this trace holds counts alone: who was used when is not in it", hint="--record-level choices"
             )
         for chunk in self.chunks():
-            yield from _steps(chunk)
+            yield from _steps(self.header, chunk)
 
 
-def _steps(chunk: Chunk) -> Iterator[Step]:
+def _steps(header: TraceHeader, chunk: Chunk) -> Iterator[Step]:
     expert_TLK, request_T, position_T = chunk.expert_TLK, chunk.request_T, chunk.position_T
     assert expert_TLK is not None and request_T is not None and position_T is not None
-    none = np.iinfo(expert_TLK.dtype).max
+    none = int(np.iinfo(expert_TLK.dtype).max)
+    real_L = [experts - header.null_experts for experts in header.experts]
     follows_T = (np.diff(request_T, prepend=-2) == 0) & (np.diff(position_T, prepend=-2) == 1)
     stop = 0
     for tokens in chunk.tokens_S.tolist():
         start, stop = stop, stop + tokens
         rows_LN = expert_TLK[start:stop].transpose(1, 0, 2).reshape(expert_TLK.shape[1], -1)
         experts = [sorted(set(row) - {none}) for row in rows_LN.tolist()]
+        if header.null_experts:
+            experts = [
+                [one for one in row if one < real] for row, real in zip(experts, real_L, strict=True)
+            ]
         yield Step(tokens, tokens - int(follows_T[start + 1 : stop].sum()), experts)
 
 
