@@ -11,17 +11,19 @@ chunk was sent to; where it was sent to fewer, the largest number of the integer
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import math
 import os
 import struct
+import tokenize
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple, final
+from typing import Any, Literal, NamedTuple, final
 
 import numpy as np
 import numpy.typing as npt
@@ -226,9 +228,7 @@ def _steps(header: TraceHeader, chunk: Chunk) -> Iterator[Step]:
         rows_LN = expert_TLK[start:stop].transpose(1, 0, 2).reshape(expert_TLK.shape[1], -1)
         experts = [sorted(set(row) - {none}) for row in rows_LN.tolist()]
         if header.null_experts:
-            experts = [
-                [one for one in row if one < real] for row, real in zip(experts, real_L, strict=True)
-            ]
+            experts = [[one for one in row if one < real] for row, real in zip(experts, real_L, strict=True)]
         yield Step(tokens, tokens - int(follows_T[start + 1 : stop].sum()), experts)
 
 
@@ -314,14 +314,14 @@ class TraceWriter:
     """What `writing` gives: chunks go in, at most some MiB wait.
 
     Args:
-        file: Where the zip goes.
+        archive: Where the arrays go.
         header: Of the trace; what is counted is counted here.
     """
 
-    def __init__(self, file: BinaryIO, header: TraceHeader) -> None:
+    def __init__(self, archive: zipfile.ZipFile, header: TraceHeader) -> None:
         self.header = header
         self.size_bytes = 0  # of the arrays taken in
-        self._zip = zipfile.ZipFile(file, "w", zipfile.ZIP_STORED)
+        self._zip = archive
         self._waiting: list[Chunk] = []
         self._waiting_bytes = self._written = self._steps = self._tokens = 0
 
@@ -347,7 +347,6 @@ class TraceWriter:
         header = to_dict(replace(self.header, steps=self._steps, tokens=self._tokens))
         said = {"type": FORMAT, "version": VERSION, "chunks": self._written, **header}
         self._put("header.json", (json.dumps(said, indent=1) + "\n").encode())
-        self._zip.close()
 
     def _write(self) -> None:
         if not self._waiting:
@@ -370,8 +369,8 @@ def writing(path: str | Path, header: TraceHeader) -> Iterator[TraceWriter]:
     Raises:
         StorageError: the system refused.
     """
-    with new_file(path) as file:
-        writer = TraceWriter(file, header)
+    with new_file(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        writer = TraceWriter(archive, header)
         yield writer
         writer.close()
 
@@ -435,6 +434,8 @@ def _opened(file: Path) -> Iterator[tuple[zipfile.ZipFile, os.stat_result]]:
     except DAMAGE as error:
         raise FormatError(f"{file} is not a whole trace: {error}", hint="it was cut or changed") from error
     except OSError as error:
+        if error.errno == errno.EINVAL:  # a place in the file that is none
+            raise FormatError(f"{file} is not a whole trace: {error}", hint="it was changed") from error
         raise StorageError(f"cannot read {file}: {error.strerror}", hint="check the path") from error
 
 
@@ -463,10 +464,11 @@ def parse_array(data: bytes, where: str) -> Array:
         major, _ = np.lib.format.read_magic(room)
         reader = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
         shape, by_column, dtype = reader(room)
-    except (*DAMAGE, SyntaxError, TypeError, KeyError, MemoryError, RecursionError) as error:
+    except (*DAMAGE, SyntaxError, tokenize.TokenError, TypeError, KeyError, MemoryError) as error:
         raise FormatError(f"{where} is not an .npy array: {error}") from error
     rest = len(data) - room.tell()
-    if dtype.kind not in "iuf" or min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != rest:
+    sizes = all(type(size) is int and size >= 0 for size in shape)
+    if not sizes or dtype.kind not in "iuf" or math.prod(shape) * dtype.itemsize != rest:
         raise FormatError(f"{where} says {dtype} {shape}, and {rest} bytes follow")
     array = np.frombuffer(data, dtype, offset=room.tell())
     return array.reshape(shape, order="F" if by_column else "C")

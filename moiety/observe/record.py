@@ -97,7 +97,8 @@ class Recorder:
             return
         self._stretch += tokens
         if self._stretch >= STRETCH_TOKENS:
-            self._owed, self._stretch = self._stretch * (self._sample - 1), 0
+            self._owed += self._stretch * (self._sample - 1)
+            self._stretch = 0
         scores = self._level == "scores"
         parts = [
             _Part(
