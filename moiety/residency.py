@@ -5,9 +5,9 @@ loads, and a replay of recorded routing asks in the same way, so that a plan cou
 
 The layers of a model are visited one after the other, so recency alone fails at once: with fewer slots than one token
 goes through, the least recently used expert is always the one wanted next, and nothing is ever found (`cliff`).
-A policy is therefore *guarded*: where a call's experts, times the layers, are more than there are slots, an expert that
-was missed is kept only if it was used more than what is there, before this call. That is how a prompt, which uses nearly
-every expert once, leaves alone what decoding keeps.
+A policy is therefore *guarded*: where a call's experts, times the layers, are more than there are slots, an expert
+that was missed is kept only if it was used more than what is there, before this call. That is how a prompt, which uses
+nearly every expert once, leaves alone what decoding keeps.
 """
 
 from __future__ import annotations
