@@ -206,30 +206,62 @@ class RoutingTrace:
             total += chunk.counts(self.header)
         return total
 
-    def steps(self) -> Iterator[Step]:
-        """The steps in order. Raises like `chunks`, and FormatError for a trace of counts alone."""
+    def drawn_tokens(self) -> int:
+        """Tokens in steps that took one token of each sequence, as drawing does. Raises like `chunks`."""
+        return sum(
+            int(chunk.tokens_S[_follow_S(chunk) == 0].sum())
+            for chunk in self.chunks()
+            if chunk.expert_TLK is not None
+        )
+
+    def steps(self, *, apart: bool = False) -> Iterator[Step]:
+        """The steps in order, or each token as a step of its own.
+
+        Raises:
+            FormatError, StorageError: as of `chunks`, and for a trace of counts alone.
+        """
         if self.header.level == "counts":
             raise FormatError(
                 "this trace holds counts alone: who was used when is not in it", hint="--record-level choices"
             )
         for chunk in self.chunks():
-            yield from _steps(self.header, chunk)
+            yield from _steps(self.header, _apart(chunk) if apart else chunk)
+
+
+def _apart(chunk: Chunk) -> Chunk:
+    """A step for every token that was sent anywhere: not for padding."""
+    assert chunk.expert_TLK is not None
+    none = np.iinfo(chunk.expert_TLK.dtype).max
+    sent_T = (chunk.expert_TLK != none).any((1, 2))
+    rows = {name: array[sent_T] for name, array in chunk.arrays.items() if name != "tokens_S"}
+    return Chunk(tokens_S=np.ones(int(sent_T.sum()), np.int32), **rows)
+
+
+def _follow_S(chunk: Chunk) -> npt.NDArray[np.int64]:
+    """Of each step, the tokens that come right after another one of their sequence in it."""
+    request_T, position_T = chunk.request_T, chunk.position_T
+    assert request_T is not None and position_T is not None
+    follows_T = (np.diff(request_T, prepend=-2) == 0) & (np.diff(position_T, prepend=-2) == 1)
+    stop_S = np.cumsum(chunk.tokens_S, dtype=np.int64)
+    start_S = stop_S - chunk.tokens_S
+    follows_T[start_S[chunk.tokens_S > 0]] = False
+    before_T = np.cumsum([0, *follows_T])
+    return np.asarray(before_T[stop_S] - before_T[start_S])
 
 
 def _steps(header: TraceHeader, chunk: Chunk) -> Iterator[Step]:
-    expert_TLK, request_T, position_T = chunk.expert_TLK, chunk.request_T, chunk.position_T
-    assert expert_TLK is not None and request_T is not None and position_T is not None
+    expert_TLK = chunk.expert_TLK
+    assert expert_TLK is not None
     none = int(np.iinfo(expert_TLK.dtype).max)
     real_L = [experts - header.null_experts for experts in header.experts]
-    follows_T = (np.diff(request_T, prepend=-2) == 0) & (np.diff(position_T, prepend=-2) == 1)
     stop = 0
-    for tokens in chunk.tokens_S.tolist():
+    for tokens, follow in zip(chunk.tokens_S.tolist(), _follow_S(chunk).tolist(), strict=True):
         start, stop = stop, stop + tokens
         rows_LN = expert_TLK[start:stop].transpose(1, 0, 2).reshape(expert_TLK.shape[1], -1)
         experts = [sorted(set(row) - {none}) for row in rows_LN.tolist()]
         if header.null_experts:
             experts = [[one for one in row if one < real] for row, real in zip(experts, real_L, strict=True)]
-        yield Step(tokens, tokens - int(follows_T[start + 1 : stop].sum()), experts)
+        yield Step(tokens, tokens - follow, experts)
 
 
 def trace_of(header: TraceHeader, chunks: Sequence[Chunk]) -> RoutingTrace:

@@ -33,6 +33,7 @@ LEVELS = {
     "moiety.schedule": 0,
     "moiety.storage": 0,
     "moiety.tracefile": 0,
+    "moiety.traceimport": 0,
     "moiety.routing": 1,
     "moiety.formats": 1,
     "moiety.backends": 2,

@@ -237,7 +237,7 @@ def test_the_limit_drops_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with recording(model, options, say=lines.append) as recorder:
         steps_of(model, [1] * 200, recorder)
     trace = tracefile.read(tmp_path / "a")
-    assert 0 < trace.header.tokens and trace.header.tokens + trace.header.dropped_tokens == 200
+    assert trace.header.tokens > 0 and trace.header.tokens + trace.header.dropped_tokens == 200
     assert sum(array.nbytes for chunk in trace.chunks() for array in chunk.arrays.values()) <= 1500
     assert f"{trace.header.dropped_tokens:,} tokens dropped at the limit of 1,500 bytes" in lines[0]
 
