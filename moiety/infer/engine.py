@@ -21,19 +21,19 @@ from typing import final
 import torch
 from torch import Tensor
 
-from moiety.config import ModelConfig, require
 from moiety.errors import BusyError, ConfigError, MoietyError, UsageError
 from moiety.infer.drafts import Drafter
 from moiety.infer.offload import StoreStatistics, store_of
 from moiety.infer.options import EngineOptions, RequestOptions
 from moiety.infer.pages import Pages
 from moiety.infer.request import Reason, Request, State
+from moiety.infer.room import AUTOMATIC_BYTES, page_count
 from moiety.infer.runner import Drawn, Outcome, Runner, imbalance
 from moiety.infer.scheduler import Scheduler, Slice
 from moiety.infer.stops import AnswerText
-from moiety.model.paged import PagePool
 from moiety.model.tokenizer import TextStream, Tokenizer
 from moiety.model.transformer import Transformer
+from moiety.observe.record import Recorder
 
 __all__ = [
     "AUTOMATIC_BYTES",
@@ -46,7 +46,6 @@ __all__ = [
     "page_count",
 ]
 
-AUTOMATIC_BYTES = 2**30
 WINDOW_STEPS = 256
 Listener = Callable[["Event"], None]
 
@@ -148,39 +147,6 @@ class Statistics:
     experts: StoreStatistics | None = None
 
 
-def page_count(
-    config: ModelConfig, options: EngineOptions, dtype: torch.dtype, automatic_bytes: int = AUTOMATIC_BYTES
-) -> tuple[int, int]:
-    """How many pages there will be, and the longest sequence in tokens.
-
-    Args:
-        config: The model's.
-        options: Bytes, page size and longest sequence.
-        dtype: Of keys and values.
-        automatic_bytes: Taken where the options name no bytes.
-
-    Raises:
-        ConfigError: sequences longer than the model's, or too few bytes for one of them.
-    """
-    size, seen = options.page_tokens, config.max_positions
-    asked = options.max_positions
-    require(asked <= seen, f"max_positions is {asked}; the model was made for {seen}")
-    longest = asked or seen
-    page_bytes = PagePool(config, 1, size, dtype=dtype).page_bytes
-    fitting, needed = (options.kv_bytes or automatic_bytes) // page_bytes, -(-longest // size)
-    if options.kv_bytes == 0 and asked == 0:
-        needed = min(needed, max(fitting, 1))
-        longest = min(longest, needed * size)
-    elif options.kv_bytes == 0:
-        fitting = max(fitting, needed)
-    require(
-        fitting >= needed,
-        f"kv_bytes is {options.kv_bytes}; one sequence of {longest} tokens needs {needed * page_bytes}",
-        f"give that much, or set max_positions to {fitting * size}" if fitting else "give that much",
-    )
-    return max(needed, min(fitting, needed * options.max_requests)), longest
-
-
 def check_model(model: Transformer) -> None:
     """Refuse a model whose answer to one request depends on what else is in the batch.
 
@@ -259,6 +225,7 @@ class Engine:
         tokenizer: For prompts and answers as text, and for where an answer ends; None works on tokens alone.
         ends: Tokens that end an answer; None is the tokenizer's.
         options: Memory, steps and limits.
+        recorder: Takes the routing of every step.
 
     Raises:
         ConfigError: options that do not fit the model, or a model that cannot be batched.
@@ -272,6 +239,7 @@ class Engine:
         *,
         ends: frozenset[int] | None = None,
         options: EngineOptions | None = None,
+        recorder: Recorder | None = None,
     ) -> None:
         check_model(model)
         self.options = options = EngineOptions() if options is None else options
@@ -281,7 +249,7 @@ class Engine:
         count, self.max_positions = page_count(model.config, options, dtype, automatic_bytes)
         self._tokenizer, self._vocabulary = tokenizer, model.config.vocab_size
         self._ends = ends if ends is not None else frozenset({tokenizer.end_id} if tokenizer else ())
-        self._runner = Runner(model, count, options.page_tokens, dtype)
+        self._runner = Runner(model, count, options.page_tokens, dtype, recorder)
         self._drafter = Drafter(model.config, options.draft) if options.draft else None
         self._scheduler = Scheduler(
             Pages(count, options.page_tokens, prefix_cache=options.prefix_cache),

@@ -18,9 +18,10 @@ import torch
 from moiety.backends import cpu
 from moiety.config import ModelConfig
 from moiety.errors import BudgetError, DependencyError, UsageError
-from moiety.infer.engine import AUTOMATIC_BYTES, Engine, page_count
+from moiety.infer.engine import Engine
 from moiety.infer.offload import ExpertStore, silent, slot_bytes
 from moiety.infer.options import EngineOptions, StreamOptions
+from moiety.infer.room import AUTOMATIC_BYTES, page_count
 from moiety.model import checkpoint, layout
 from moiety.model.expert_file import ExpertFile, stacks_in
 from moiety.model.norm import RMSNorm

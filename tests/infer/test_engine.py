@@ -12,7 +12,7 @@ import torch
 
 import moiety
 from moiety.errors import BusyError, ConfigError, MoietyError, UsageError
-from moiety.infer.engine import Engine, Event, page_count
+from moiety.infer.engine import Engine, Event
 from moiety.infer.generate import generate
 from moiety.infer.options import EngineOptions, RequestOptions, SamplingOptions
 from moiety.model.paged import PagePool
