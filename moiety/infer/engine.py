@@ -498,17 +498,12 @@ class Engine:
             return
         try:
             outcomes = self._runner.run(slices)
-        except BaseException as error:
-            known = isinstance(error, MoietyError)
-            for piece in slices:
-                self._end(
-                    piece.request,
-                    "error",
-                    str(error) if known else f"the step failed: {type(error).__name__}",
-                )
-            if not known:
-                raise
+        except MoietyError as error:
+            self._fail(slices, str(error))
             return
+        except BaseException as error:
+            self._fail(slices, f"the step failed: {type(error).__name__}")
+            raise
         now_s, drawn = time.perf_counter(), 0
         for piece, outcome in zip(slices, outcomes, strict=True):
             drawn += self._settle(piece, outcome, now_s)
@@ -516,6 +511,10 @@ class Engine:
         self._computed += sum(len(piece.tokens) for piece in slices)
         self._drawn += drawn
         self._recent.append((time.perf_counter() - begun_s, drawn))
+
+    def _fail(self, slices: Sequence[Slice], words: str) -> None:
+        for piece in slices:
+            self._end(piece.request, "error", words)
 
     def _settle(self, piece: Slice, outcome: Outcome, now_s: float) -> int:
         """Take what came of a slice; how many tokens that was."""
