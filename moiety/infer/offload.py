@@ -37,6 +37,11 @@ PART_BYTES = (
 THREADS = 4
 AHEAD_BYTES = 16 << 20  # on their way at a time where a call goes through more experts than it may keep
 PATIENCE_S = 2.0
+ENOUGH_GUESSES, TRUSTED, SELDOM = (
+    64,
+    0.6,
+    16,
+)  # guesses to judge by, share to be right, and one call in so many else
 
 
 def silent(line: str) -> None:
@@ -140,7 +145,7 @@ class _Reader:
         self.changed = threading.Condition()
         self._queue: deque[_Load] = deque()
         self._guesses: deque[_Load] = deque()
-        self._wanted_parts = 0  # that are being read now
+        self._wanted_parts = self._guessed_parts = 0  # that are being read now
         self._is_closed = False
         self.read_bytes = 0
         self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(THREADS)]
@@ -189,9 +194,9 @@ class _Reader:
             os.close(self._descriptor)
 
     def _next(self) -> tuple[_Load, int, int] | None:
-        """The next part to read; of a guess only while nothing that is waited for is being read."""
+        """The next part to read; of a guess one at a time, while nothing that is waited for is being read."""
         queue = self._queue
-        if not queue and not self._wanted_parts:
+        if not queue and not self._wanted_parts and not self._guessed_parts:
             queue = self._guesses
         if not queue:
             return None
@@ -212,9 +217,11 @@ class _Reader:
                 load, at, size = job
                 is_wanted = not load.is_guess
                 self._wanted_parts += is_wanted
+                self._guessed_parts += not is_wanted
             error = self._read(load, at, size)
             with self.changed:
                 self._wanted_parts -= is_wanted
+                self._guessed_parts -= not is_wanted
                 self.read_bytes += size
                 load.error = load.error or error
                 load.left -= 1
@@ -343,6 +350,7 @@ class ExpertStore:
         self._flying: dict[Key, _Load] = {}
         self._calling = threading.RLock()  # a guess comes in the middle of a call
         self._waited_s = 0.0
+        self._offered = 0
         self.kv_bytes = 0  # what whoever made the budget set aside for keys and values
         self.skipped_pairs = self.changed_pairs = self.pairs = 0
 
@@ -387,9 +395,16 @@ class ExpertStore:
                 self.residency.release([(layer, expert) for expert in experts])
 
     def guess(self, layer: int, experts: Sequence[int]) -> None:
-        """These may be wanted next: have them read into spare slots while the disk has nothing else to do."""
+        """These may be wanted next: have them read into spare slots while the disk has nothing else to do.
+
+        Where too few guesses came true, only now and then: the disk is late for what is wanted (LOG.md has the figures).
+        """
         with self._calling:
             self._land()
+            self._offered += 1
+            guesses, right = self.residency.guesses, self.residency.right
+            if guesses >= ENOUGH_GUESSES and right < TRUSTED * guesses and self._offered % SELDOM:
+                return
             for expert in experts:
                 key = layer, expert
                 slot = self.residency.guess(key)

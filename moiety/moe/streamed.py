@@ -191,8 +191,10 @@ class StreamedExperts(nn.Module):
 
     def _foresee(self, x_TD: Tensor, moe: Any, layer: int, ratio_D: Tensor | None) -> None:
         routing = moe.route(x_TD if ratio_D is None else x_TD * ratio_D)
-        weight_E = torch.zeros(routing.experts).index_add_(0, routing.expert_N, routing.weight_N.float())
-        best = weight_E.argsort(descending=True)[: int((routing.counts_E > 0).sum())].tolist()
+        weight_of: dict[int, float] = {}
+        for expert, weight in zip(routing.expert_N.tolist(), routing.weight_N.tolist(), strict=True):
+            weight_of[expert] = weight_of.get(expert, 0.0) + weight
+        best = sorted(weight_of, key=weight_of.__getitem__, reverse=True)
         self.source.guess(layer, [expert for expert in best if expert < moe.experts.count])
 
 
