@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,15 +34,18 @@ def random_model(config: ModelConfig) -> Transformer:
     return model.eval()
 
 
-def write_gguf(config: ModelConfig, path: Path) -> None:
-    """A Q4_0 file of this shape: one layer is quantized, and written as often as there are layers."""
+def write_gguf(config: ModelConfig, path: Path, change: Callable[[Transformer], None] | None = None) -> None:
+    """A Q4_0 file of this shape: one layer, `change`d first, is quantized and written as often as there are layers."""
     import gguf
 
     from moiety.model.gguf import save_gguf
 
     one = path.with_suffix(".one.gguf")
     tokenizer = train_tokenizer(["a server wants to show its tokens as text"], 300)
-    save_gguf(random_model(replace(config, layers=1)), one, "q4_0", tokenizer)
+    model = random_model(replace(config, layers=1))
+    if change is not None:
+        change(model)
+    save_gguf(model, one, "q4_0", tokenizer)
     reader = gguf.GGUFReader(one)
     architecture = reader.fields["general.architecture"].contents()
     writer = gguf.GGUFWriter(path, architecture)

@@ -39,6 +39,7 @@ from moiety.model.transformer import Transformer
 __all__ = [
     "Entry",
     "is_gguf",
+    "is_packed",
     "load",
     "load_config",
     "load_extra",
@@ -119,7 +120,7 @@ def load(
 
         return gguf.load_gguf(place, dtype=dtype, backend=backend, packed=packed)
     folder = layout.checked_folder(place)
-    if _is_tiles(folder):
+    if is_packed(folder):
         return quantized.load_quantized(folder, backend=backend, dtype=dtype)
     with _opened(folder, match) as stored:
         with torch.device("meta"):  # shapes alone: the weights come from the files
@@ -182,7 +183,7 @@ def is_gguf(path: Path) -> bool:
     return path.suffix == ".gguf" and not path.is_dir()
 
 
-def _is_tiles(folder: Path) -> bool:
+def is_packed(folder: Path) -> bool:
     """True for a folder that `quantized` wrote; whether `config.json` is sound is for whoever reads it."""
     values = storage.read_json(storage.inside(folder, "config.json"))
     said = values.get("quantization_config")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from moiety.moe.dense_gradient import dense_gradient
 from moiety.moe.experts import Experts, FeedForward
 from moiety.moe.packed import MixedExperts, PackedExperts, PackedFeedForward
 from moiety.moe.routers import Router, RouterContext, compiled
+from moiety.moe.streamed import StreamedExperts
 from moiety.routing import Noise, Routing
 
 __all__ = ["MoE", "MoEOutput"]
@@ -192,7 +194,7 @@ class MoE(nn.Module):
             "gated": gated,
             **like,
         }
-        self.experts: Experts | PackedExperts | MixedExperts
+        self.experts: Experts | PackedExperts | MixedExperts | StreamedExperts
         self.experts = Experts(d_model, d_ff, experts, bias=bias, backend=backend, **shape)
         self.shared: FeedForward | PackedFeedForward | None
         self.shared = FeedForward(d_model, shared_d_ff, bias=shared_bias, **shape) if shared_d_ff else None
@@ -292,7 +294,8 @@ class MoE(nn.Module):
 
     def compiled(self, x_TD: Tensor) -> cpu_routing.CompiledRouter | None:
         """The router for the compiled kernel, beside packed experts; None where it would decide otherwise."""
-        packed = isinstance(self.experts, PackedExperts | MixedExperts) and bool(cpu.level())
+        packed = isinstance(self.experts, PackedExperts | MixedExperts | StreamedExperts)
+        packed = packed and bool(cpu.level())
         if not packed or self.training or torch.is_grad_enabled() or self.capacity is not None:
             return None
         if x_TD.device.type != "cpu" or self.choices > cpu_routing.MOST_EXPERTS:
@@ -305,8 +308,16 @@ class MoE(nn.Module):
         )
 
     def _choose(self, score_TE: Tensor, context: RouterContext, sequences: int) -> Routing:
-        """The router's pairs, after what the capacity makes of them."""
+        """The router's pairs, after what the capacity makes of them; experts on disk may cost something."""
         pairs = self.router.choose(score_TE, context)
+        if context.cost_E is None and isinstance(self.experts, StreamedExperts):
+            cost_E = self.experts.cost_of(self.choices)
+            if cost_E is not None:
+                plain, pairs = (
+                    pairs,
+                    self.router.choose(score_TE, dataclasses.replace(context, cost_E=cost_E)),
+                )
+                self.experts.note(pairs, plain)
         if self.capacity is None:
             return pairs
         generator = context.generator(6)

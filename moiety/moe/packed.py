@@ -18,10 +18,11 @@ from moiety.errors import UsageError
 from moiety.formats.tiles import PackedWeight, Projection, expert_bytes, projections_in
 from moiety.routing import Routing
 
-__all__ = ["MixedExperts", "PackedExperts", "PackedFeedForward", "PackedLinear"]
+__all__ = ["MixedExperts", "PackedExperts", "PackedFeedForward", "PackedLinear", "only", "refuse_gradient"]
 
 
-def _refuse_gradient(*inputs: Tensor) -> None:
+def refuse_gradient(*inputs: Tensor) -> None:
+    """Raise UsageError where packed weights would have to pass a gradient on."""
     if torch.is_grad_enabled() and any(one.requires_grad for one in inputs):
         raise UsageError(
             "packed weights have no gradients, and pass none on",
@@ -94,7 +95,7 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) to (..., F), in x's dtype."""
         assert self.experts == 1, self.experts
-        _refuse_gradient(x)
+        refuse_gradient(x)
         return cpu.linear(x, self.matrix)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
@@ -166,15 +167,17 @@ class PackedExperts(_PackedPair):
     @property
     def projections(self) -> list[Projection]:
         """What each expert is, in the order of its bytes."""
-        return [part.projection for part in self._parts()]
+        return [part.projection for part in self.pair]
 
-    def _parts(self) -> list[PackedLinear]:
+    @property
+    def pair(self) -> list[PackedLinear]:
+        """Gate and up, and down."""
         parts = [self.get_submodule(self.up_name), self.down]
         return [part for part in parts if isinstance(part, PackedLinear)]
 
     def forget(self) -> None:
         """Let both projections be views of the tiles that there are now."""
-        for part, view in zip(self._parts(), projections_in(self.tiles, self.projections), strict=True):
+        for part, view in zip(self.pair, projections_in(self.tiles, self.projections), strict=True):
             part.borrow(view.tiles)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedExperts:
@@ -198,7 +201,7 @@ class PackedExperts(_PackedPair):
 
     def forward(self, x_TD: Tensor, routing: Routing) -> Tensor:
         """y[token] = sum of weight * expert(x[token]), (T, D), in x's dtype."""
-        _refuse_gradient(x_TD, routing.weight_N)
+        refuse_gradient(x_TD, routing.weight_N)
         return cpu.expert_mlp(x_TD, routing, self.weights)
 
 
@@ -215,7 +218,7 @@ class PackedFeedForward(_PackedPair):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) to (..., D)."""
-        _refuse_gradient(x)
+        refuse_gradient(x)
         x_TD = x.reshape(-1, x.shape[-1])
         tokens = len(x_TD)
         everyone = Routing(
@@ -257,16 +260,16 @@ class MixedExperts(nn.Module):
 
     def forward(self, x_TD: Tensor, routing: Routing) -> Tensor:
         """As `PackedExperts`; a token's answers are added up stack by stack."""
-        _refuse_gradient(x_TD, routing.weight_N)
+        refuse_gradient(x_TD, routing.weight_N)
         y_TD = torch.zeros_like(x_TD)
         for part, numbers in zip(self.parts, self.numbers, strict=True):
-            mine = _only(routing, torch.tensor(numbers))
+            mine = only(routing, torch.tensor(numbers))
             if mine.pairs:
                 y_TD += part(x_TD, mine)
         return y_TD
 
 
-def _only(routing: Routing, number_G: Tensor) -> Routing:
+def only(routing: Routing, number_G: Tensor) -> Routing:
     """The pairs of some experts alone, who are numbered from 0 in their order."""
     chosen_E = torch.zeros(routing.experts, dtype=torch.bool)
     chosen_E[number_G] = True
