@@ -2,7 +2,8 @@
 
 The replay asks the very class that streaming asks (`moiety.residency`), step by step, so that a hit rate here is that
 of a run that decodes the same tokens. Prompts are left out: a run reads their experts in waves, once for all tokens.
-A trace of texts alone, without answers, is replayed as if its tokens had been drawn one after the other.
+A trace of texts alone, without answers, is replayed as if its tokens had been drawn one after the other. The first use
+of an expert, which no cache has, is not counted: in a long run it weighs nothing.
 
 Time of a step: missed bytes over the disk's rate and touched bytes over the memory's, side by side (the faster end of
 the band) or one after the other. What else a step does is left out, so both are limits and not promises.
@@ -13,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from operator import mul
+from operator import mul, sub
 from typing import TYPE_CHECKING, NamedTuple
 
 from moiety.errors import UsageError
@@ -27,8 +28,8 @@ __all__ = ["BELADY", "ENOUGH", "MOST_USES", "SHARES", "Point", "Rates", "Replay"
 
 BELADY = "belady"
 ENOUGH = 0.9  # of the speed, or of the hits, that everything in memory gives
-SHARES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.75, 0.9, 1.0)
-MOST_USES = 20_000_000  # of experts in all replays together: less than a minute
+SHARES = (0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 1.0)
+MOST_USES = 16_000_000  # of experts in all replays together: less than a minute
 FEWEST_TOKENS = 64
 Limits = tuple[float, float]
 
@@ -49,7 +50,7 @@ class Point:
         slots: Experts that fit.
         share: Of all experts.
         size_bytes: Of the slots; None where the size of an expert is unknown.
-        hit_rate: Of the experts that steps wanted, those that were there.
+        hit_rate: Of the experts that steps wanted again, those that were there.
         missed_bytes: That a token waits for, the mean; None as above.
         tokens_per_s: Band; None where sizes or rates are unknown.
         limit: What takes longer, "disk" or "memory"; "" as above.
@@ -74,7 +75,7 @@ class Replay:
         tokens: That were replayed.
         of_tokens: That the trace holds.
         uses: Of experts in one replay; a step counts each expert of a layer once.
-        first_uses: Of these, those that no cache of any size has: the first of each expert.
+        first_uses: Of these, the first of each expert, which is neither a hit nor a miss.
         cycle: Experts that one step goes through, the mean; below so many slots recency finds next to nothing.
         cycle_bytes: Of these; None where the size of an expert is unknown.
         knee: The smallest budget that does as well as 90 % of everything in memory; None if none does.
@@ -103,6 +104,7 @@ class _Run(NamedTuple):
     bytes_L: tuple[float, ...]
     dense_bytes: float
     wanted_L: list[int]
+    first_L: list[int]
 
     @property
     def touched_bytes(self) -> float:
@@ -175,15 +177,12 @@ def replay(
     if rates is None or not sizes:
         notes.append("without the size of an expert and the rates of disk and memory there are no tokens/s")
     knee = _knee(points, everything)
-    first_uses = len(
-        {(layer, one) for step in run.steps for layer, row in enumerate(step.experts) for one in row}
-    )
     return Replay(
         points=points,
         tokens=run.tokens,
         of_tokens=header.tokens,
         uses=sum(run.wanted_L),
-        first_uses=first_uses,
+        first_uses=sum(run.first_L),
         cycle=cycle,
         cycle_bytes=cycle_bytes,
         knee=knee,
@@ -245,24 +244,25 @@ def _taken(
     layers = range(len(trace.header.layers))
     real = tuple(count - trace.header.null_experts for count in trace.header.experts)
     wanted_L = [sum(len(step.experts[layer]) for step in taken) for layer in layers]
-    return _Run(taken, tokens, real, sizes or (0.0,) * len(layers), dense_bytes, wanted_L), notes
+    first_L = [len({one for step in taken for one in step.experts[layer]}) for layer in layers]
+    return _Run(taken, tokens, real, sizes or (0.0,) * len(layers), dense_bytes, wanted_L, first_L), notes
 
 
 def _point(run: _Run, policy: str, slots: int, everything: int, rates: Rates | None) -> Point | None:
     """One replay; None where the policy needs more slots than these."""
-    layers, wanted = len(run.experts), sum(run.wanted_L)
+    layers, again_L = len(run.experts), list(map(sub, run.wanted_L, run.first_L))
     mean_bytes = sum(map(mul, run.bytes_L, run.experts)) / everything
     if policy == BELADY:
         calls = [(layer, row) for step in run.steps for layer, row in enumerate(step.experts)]
-        _, misses = belady(calls, slots)
-        missed_bytes = misses * sum(map(mul, run.bytes_L, run.wanted_L)) / wanted
+        misses = belady(calls, slots)[1] - sum(run.first_L)
+        missed_bytes = misses * sum(map(mul, run.bytes_L, again_L)) / max(sum(again_L), 1)
     else:
         if slots < _fewest(policy, layers):
             return None
         cache = Residency(
             slots, policy, layers=layers, keep=_most_used(run, slots) if policy == "fixed" else None
         )
-        missed_L = [0] * layers
+        missed_L = [-first for first in run.first_L]
         for step in run.steps:
             for layer, row in enumerate(step.experts):
                 missed_L[layer] += len(cache.use(layer, row).loads)
@@ -275,7 +275,7 @@ def _point(run: _Run, policy: str, slots: int, everything: int, rates: Rates | N
         slots=slots,
         share=slots / everything,
         size_bytes=round(slots * mean_bytes) if known else None,
-        hit_rate=1 - misses / wanted,
+        hit_rate=1 - misses / max(sum(again_L), 1),
         missed_bytes=missed_bytes / run.tokens if known else None,
         tokens_per_s=speed,
         limit=limit,
