@@ -19,6 +19,7 @@ from moiety.formats.numbers import quantize as codes_for
 from moiety.formats.tiles import pack, unpack
 from moiety.model.slots import packed_matrices, slots
 from moiety.model.transformer import Transformer
+from moiety.formats.policy import PARTS
 from moiety.quant import quantize as work
 from moiety.quant.quantize import Choice, Policy, pack_stack, policy_named, quantize
 from tests import gguf_models, tiny
@@ -92,7 +93,7 @@ def test_each_part_by_choice() -> None:
 
 
 def test_named_policies() -> None:
-    assert policy_named("int8-g32") == Policy(**dict.fromkeys(work.PARTS, "int8-g32"))
+    assert policy_named("int8-g32") == Policy(**dict.fromkeys(PARTS, "int8-g32"))
     assert policy_named("int4") == Policy()
     assert policy_named("experts=nf4+head=int8") == Policy(
         experts="nf4", head="int8", shared="", dense="", attention=""
