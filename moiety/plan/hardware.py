@@ -1,7 +1,7 @@
 """Devices as published: memory, bandwidth, arithmetic, links and prices, each with its source and date.
 
 Sizes and rates are decimal, arithmetic is dense (without 2:4 sparsity) and accumulates in 32 bits where the maker tells
-the two apart. How much of such a limit programs reach is in `Kind`; it is a wide band on purpose. A machine that was measured
+the two apart. How much of such a limit programs reach is in `Kind`, a wide band on purpose. A machine that was measured
 (`moiety plan --measure`) is planned by its own figures instead.
 """
 
@@ -180,12 +180,14 @@ def _host(
 
 
 # fmt: off
+_H800 = ("DeepSeek-V3 report, arXiv 2412.19437, and H100 datasheet", "2024-12")
 _H100, _A100 = ("NVIDIA H100 datasheet", "2024-02"), ("NVIDIA A100 datasheet", "2021-06")
+_DDR5 = "two channels of DDR5-5600, JEDEC JESD79-5; 8 cores assumed"
 _ADA, _AMPERE = ("NVIDIA Ada GPU architecture paper", "2023-01"), ("NVIDIA GA102 architecture paper", "2021-01")
 _LISTED = (
     _gpu("h100", 80, 3350, (989, 1979, 67), 450, _H100, (2.69, 4.76), _PCIE5),
     _gpu("h100-pcie", 80, 2000, (756, 1513, 51), 64, _H100, (1.99, 3.51), _PCIE5),
-    _gpu("h800", 80, 3350, (989, 1979, 67), 200, ("DeepSeek-V3 report, arXiv 2412.19437, and H100 datasheet", "2024-12"),
+    _gpu("h800", 80, 3350, (989, 1979, 67), 200, _H800,
          Sourced(Band(2, 2), "assumed in arXiv 2412.19437", "2024-12"), _PCIE5),
     _gpu("h200", 141, 4800, (989, 1979, 67), 450, ("NVIDIA H200 datasheet", "2024-11"), (3.59, 6.35), _PCIE5),
     _gpu("b200", 180, 7700, (2250, 4500, 75), 900, ("NVIDIA HGX B200 datasheet", "2025-03"), (5.98, 10.57), _PCIE5),
@@ -198,13 +200,13 @@ _LISTED = (
     _gpu("rtx-5090", 32, 1792, (209, 419, 104.8), 64, ("NVIDIA RTX Blackwell architecture paper", "2025-01"),
          (0.69, 1.22), _PCIE5),
     _gpu("mi300x", 192, 5300, (1307, 2614, 163.4), 448, ("AMD MI300X datasheet", "2023-12"),
-         Sourced(Band(1.71, 1.85), "gpu.blog, TensorWave and Vultr", "2025-11"), _PCIE5),
+         Sourced(Band(1.71, 1.85), "gpu.blog, TensorWave and Vultr", "2025"), _PCIE5),
     _host("m2-ultra", "mac", 192, 800, (27.2, 27.2), "Apple, 2023-06; arithmetic of 76 cores by clock", "2023-06"),
     _host("m3-ultra", "mac", 512, 819, (28.4, 28.4), "Apple, 2025-03; arithmetic of 80 cores by clock", "2025-03"),
     _host("m4-max", "mac", 128, 546, (17.2, 17.2), "Apple, 2024-10; arithmetic of 40 cores by clock", "2024-10"),
     _host("m4-pro", "mac", 64, 273, (8.6, 8.6), "Apple, 2024-10; arithmetic of 20 cores by clock", "2024-10"),
-    _host("pc-32", "desktop", 32, 89.6, (2.0, 1.0), "two channels of DDR5-5600, JEDEC JESD79-5; 8 cores assumed", "2021-10"),
-    _host("pc-64", "desktop", 64, 89.6, (2.0, 1.0), "two channels of DDR5-5600, JEDEC JESD79-5; 8 cores assumed", "2021-10"),
+    _host("pc-32", "desktop", 32, 89.6, (2.0, 1.0), _DDR5, "2021-10"),
+    _host("pc-64", "desktop", 64, 89.6, (2.0, 1.0), _DDR5, "2021-10"),
     _host("laptop-16", "desktop", 16, 51.2, (0.6, 0.3), "two channels of DDR4-3200, JEDEC JESD79-4; 4 cores assumed",
           "2021-01"),
     _host("server-ddr5", "server", 768, 460.8, (20, 8), "twelve channels of DDR5-4800, AMD EPYC 9004 overview; "
