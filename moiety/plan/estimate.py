@@ -121,6 +121,7 @@ def memory(
     resident: float = 1.0,
     runtime_bytes: float | None = None,
     paged: bool = False,
+    devices: int = 1,
 ) -> Memory:
     """What serving takes, in all devices together.
 
@@ -134,6 +135,7 @@ def memory(
         resident: Share of the routed experts that is in memory.
         runtime_bytes: Measured; None takes that of the device's kind.
         paged: As of `kv_bytes`.
+        devices: On each of which a process takes that.
     """
     step = max(min(STEP_TOKENS, context), batch)
     runtime = KINDS[device.kind].runtime_bytes if runtime_bytes is None else runtime_bytes
@@ -141,7 +143,7 @@ def memory(
         weights=stored.size_bytes - round((1 - resident) * stored.expert_bytes),
         kv=kv_bytes(config, context, kv_dtype, batch=batch, paged=paged),
         activations=sum(activations(config, step, batch).values()),
-        runtime=round(runtime),
+        runtime=round(runtime) * devices,
     )
 
 

@@ -109,6 +109,7 @@ def layouts(
                     resident=share,
                     runtime_bytes=runtime_bytes,
                     paged=paged,
+                    devices=machine.count,
                 )
 
             least = least_share(config, setting.batch) if config.moe is not None else 1.0

@@ -3,7 +3,7 @@
 A step reads each matrix that its tokens meet once: attention, head, shared and dense feed-forwards whole, of the routed
 experts those that some token chose, E (1 - (1 - K/E)^tokens) of a layer if routing is uniform.
 
-Published limits (`hardware`): the longer of reading (bytes over bandwidth) and multiplying (operations over arithmetic),
+Published limits (`hardware`): the longer of reading (bytes over bandwidth) and multiplying (operations over its rate),
 over the shares of the limit that programs reach. Measured ones (`profile`): the sum over all matrices of their weights
 times the seconds that a weight of that format took at so many rows, attention by values or operations, and what steps,
 layers, sequences and tokens take besides; the spread of those measurements widened by `MARGIN`.

@@ -1,8 +1,8 @@
 """What is stored of a model: every matrix, in which format, and what that takes. No torch.
 
-A format here is `fp32`, `bf16` or `fp16` for weights that are not packed, or what `moiety quantize` takes, where routers,
-norms, biases and embedding stay as they are. Sizes are those that tiles have on disk and in memory: with scales, and
-with rows and columns padded.
+A format here is `fp32`, `bf16` or `fp16` for weights that are not packed, or what `moiety quantize` takes: routers,
+norms, biases and embedding stay as they are. Sizes are those of tiles on disk and in memory: with scales, and with
+rows and columns padded.
 """
 
 from __future__ import annotations

@@ -16,10 +16,10 @@ from moiety.errors import CheckFailed, ConfigError
 from moiety.formats import FORMATS
 from moiety.formats.numbers import dequantize
 from moiety.formats.numbers import quantize as codes_for
+from moiety.formats.policy import PARTS
 from moiety.formats.tiles import pack, unpack
 from moiety.model.slots import packed_matrices, slots
 from moiety.model.transformer import Transformer
-from moiety.formats.policy import PARTS
 from moiety.quant import quantize as work
 from moiety.quant.quantize import Choice, Policy, pack_stack, policy_named, quantize
 from tests import gguf_models, tiny
