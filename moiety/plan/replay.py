@@ -17,14 +17,14 @@ from dataclasses import dataclass
 from operator import mul, sub
 from typing import TYPE_CHECKING, NamedTuple
 
-from moiety.errors import UsageError
-from moiety.fields import require
+from moiety.errors import ConfigError, UsageError
+from moiety.fields import check_types, option, require
 from moiety.residency import POLICIES, Residency, belady
 
 if TYPE_CHECKING:
     from moiety.tracefile import RoutingTrace, Step, TraceHeader
 
-__all__ = ["BELADY", "ENOUGH", "MOST_USES", "SHARES", "Point", "Rates", "Replay", "replay"]
+__all__ = ["BELADY", "ENOUGH", "MOST_USES", "SHARES", "Point", "Rates", "Replay", "ReplayOptions", "replay"]
 
 BELADY = "belady"
 ENOUGH = 0.9  # of the speed, or of the hits, that everything in memory gives
@@ -32,6 +32,49 @@ SHARES = (0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 1.0)
 MOST_USES = 16_000_000  # of experts in all replays together: less than a minute
 FEWEST_TOKENS = 64
 Limits = tuple[float, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplayOptions:
+    """What to replay a trace with."""
+
+    trace: str = option("", help="replay this file, which --record wrote, with less memory than it had")
+    policies: str = option("", help=f"of {', '.join((*POLICIES, BELADY))}; commas between; '' is all")
+    budgets: str = option("", help="for experts: 25%,50% of them, or 4GiB,8GiB; '' is a curve")
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        require(
+            bool(self.trace) or not (self.policies or self.budgets),
+            "there are policies or budgets, and no trace to replay",
+            "add --trace FILE",
+        )
+        require(
+            all(share > 0 for share in self.wanted_shares), f"budgets are {self.budgets!r}", "all above 0"
+        )
+
+    @property
+    def wanted_policies(self) -> tuple[str, ...]:
+        """Names, in the order given."""
+        return _words(self.policies) or (*POLICIES, BELADY)
+
+    @property
+    def wanted_shares(self) -> tuple[float, ...]:
+        """Budgets that end in %."""
+        words = [word[:-1].strip() for word in _words(self.budgets) if word.endswith("%")]
+        try:
+            return tuple(float(word) / 100 for word in words)
+        except ValueError:
+            raise ConfigError(f"budgets are {self.budgets!r}", hint="25%,50% or 4GiB,8GiB") from None
+
+    @property
+    def wanted_sizes(self) -> tuple[str, ...]:
+        """The others, as texts with units."""
+        return tuple(word for word in _words(self.budgets) if not word.endswith("%"))
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in text.split(",") if word.strip())
 
 
 class Rates(NamedTuple):
