@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from moiety.cli.output import print_json, print_table, talk
@@ -14,7 +14,7 @@ from moiety.plan.hardware import KINDS, Band, device_named
 from moiety.plan.options import PlanOptions, size_bytes
 from moiety.plan.plan import here
 from moiety.plan.profile import Profile
-from moiety.plan.replay import SHARES, Rates, Replay, ReplayOptions, replay
+from moiety.plan.replay import SHARES, Point, Rates, Replay, ReplayOptions, replay
 from moiety.plan.speed import Machine
 from moiety.plan.weights import Stored
 from moiety.storage import write_atomically
@@ -77,7 +77,8 @@ def run(
             {"trace": options.trace, "rates": rates._asdict(), "assumed": note, **dataclasses.asdict(found)}
         )
         return 0
-    for line in (found.advice, *found.notes, note):
+    timed = found.points[0].tokens_per_s is not None
+    for line in (found.advice, *found.notes, *([note] if timed else [])):
         print(textwrap.fill(line, shutil.get_terminal_size().columns, break_on_hyphens=False))
     _print(found)
     return 0
@@ -114,18 +115,19 @@ def _print(found: Replay) -> None:
         for slots in sorted({point.slots for point in found.points})
     }
     heads = ["experts", *policies]
-    for title, cell in (
-        ("hits, % of the experts that are wanted again", lambda one: f"{100 * one.hit_rate:.1f}"),
-        ("tokens/s", lambda one: f"{one.tokens_per_s[0]:.3g} to {one.tokens_per_s[1]:.3g}"),
-    ):
+    columns: list[tuple[str, Callable[[Point], str]]] = [
+        ("hits, % of the experts that are wanted again", lambda one: f"{100 * one.hit_rate:.1f}")
+    ]
+    if found.points[0].tokens_per_s is not None:
+        columns.append(("tokens/s", lambda one: " to ".join(f"{end:.3g}" for end in one.tokens_per_s or ())))
+    for title, cell in columns:
         rows = []
         for slots, points in by_slots.items():
             one = next(iter(points.values()))
             size = "" if one.size_bytes is None else f", {one.size_bytes / 1e9:.3g} GB"
             cells = [cell(points[name]) if name in points else "-" for name in policies]
             rows.append([f"{slots} ({one.share:.0%}{size})", *cells])
-        if title != "tokens/s" or found.points[0].tokens_per_s is not None:
-            print_table(title, heads, rows)
+        print_table(title, heads, rows)
 
 
 def write_page(path: Path, title: str, found: Replay) -> None:
