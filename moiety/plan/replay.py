@@ -183,24 +183,12 @@ def replay(
         ConfigError: a share that is none.
         FormatError, StorageError: as of `RoutingTrace.chunks`.
     """
-    unknown = [name for name in policies if name not in (*POLICIES, BELADY)]
-    if unknown or not policies:
+    if not policies or not {*policies} <= {*POLICIES, BELADY}:
         raise UsageError(f"policies are {list(policies)}", hint=f"there are {', '.join((*POLICIES, BELADY))}")
     header = trace.header
-    real = tuple(count - header.null_experts for count in header.experts)
     sizes = tuple(expert_bytes) or tuple(map(float, header.expert_bytes))
-    everything = sum(real)
-    if budgets:
-        if not sizes:
-            raise UsageError(
-                "the trace does not say how large an expert is", hint="give shares, or the model"
-            )
-        whole = sum(size * count for size, count in zip(sizes, real, strict=True))
-        shares = [size / whole for size in budgets]
-    require(
-        bool(shares) and min(shares) > 0, f"shares are {list(shares)}; each is above 0, and 1 is every expert"
-    )
-    slots = sorted({min(max(round(share * everything), 1), everything) for share in shares} | {everything})
+    slots = _slots(header, sizes, shares, budgets)
+    everything = slots[-1]
     most_tokens = max(
         most_uses // (len(slots) * len(policies) * max(_uses_of_a_token(trace), 1)), FEWEST_TOKENS
     )
@@ -213,12 +201,6 @@ def replay(
     )
     cycle = sum(run.wanted_L) / len(run.steps)
     cycle_bytes = run.touched_bytes - run.dense_bytes if sizes else None
-    if "fixed" in policies:
-        notes.append("fixed keeps the experts that these very tokens use most; a run has to know them before")
-    if BELADY in policies:
-        notes.append("belady knows what comes; no run can do better")
-    if rates is None or not sizes:
-        notes.append("without the size of an expert and the rates of disk and memory there are no tokens/s")
     knee = _knee(points, everything)
     return Replay(
         points=points,
@@ -230,8 +212,22 @@ def replay(
         cycle_bytes=cycle_bytes,
         knee=knee,
         advice=_advice(points, knee, cycle, cycle_bytes),
-        notes=tuple(notes),
+        notes=(*notes, *_remarks(points)),
     )
+
+
+def _remarks(points: Sequence[Point]) -> list[str]:
+    """What to know about the figures."""
+    policies = {point.policy for point in points}
+    remarks = {
+        "fixed keeps the experts that these very tokens use most; a run has to know them before": "fixed"
+        in policies,
+        "belady knows what comes; no run can do better": BELADY in policies,
+        "without the size of an expert and the rates of disk and memory there are no tokens/s": any(
+            point.tokens_per_s is None for point in points
+        ),
+    }
+    return [words for words, holds in remarks.items() if holds]
 
 
 def _slots(
@@ -287,6 +283,8 @@ def _taken(
     layers = range(len(trace.header.layers))
     real = tuple(count - trace.header.null_experts for count in trace.header.experts)
     wanted_L = [sum(len(step.experts[layer]) for step in taken) for layer in layers]
+    if not any(wanted_L):
+        raise UsageError("no token of the trace was sent to an expert: there is nothing to replay")
     first_L = [len({one for step in taken for one in step.experts[layer]}) for layer in layers]
     return _Run(taken, tokens, real, sizes or (0.0,) * len(layers), dense_bytes, wanted_L, first_L), notes
 

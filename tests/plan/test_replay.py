@@ -196,6 +196,10 @@ def test_refusals() -> None:
             replay(trace, shares=shares)
     with pytest.raises(UsageError, match="empty"):
         replay(trace_of(trace.header, []))
+    (chunk,) = trace.chunks()
+    nobody = replace(chunk, expert_TLK=np.full((80, 2, 2), 255, np.uint8))
+    with pytest.raises(UsageError, match="nothing to replay"):
+        replay(trace_of(trace.header, [nobody]))
     counts = TraceHeader(level="counts", layers=(0,), experts=(4,))
     some = Chunk(tokens_S=np.ones(1, np.int32), counts_SLE=np.ones((1, 1, 4), np.uint32))
     with pytest.raises(FormatError, match="counts alone"):
