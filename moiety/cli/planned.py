@@ -47,7 +47,8 @@ def show(found: Values, wanted: PlanOptions) -> None:
         return
     _layouts(found)
     _memory(found)
-    _batches(found)
+    if found["chosen"] is not None:
+        _batches(found)
     _work(found)
     _asked(found, wanted)
     for program, line in found["flags"].items():
@@ -103,7 +104,7 @@ def _batches(found: Values) -> None:
     if found["read_nine_tenths_of_experts_from_batch"]:
         say(
             f"from {found['read_nine_tenths_of_experts_from_batch']} sequences on a step reads nine of ten experts; "
-            f"no more than {short(found['roofline_tokens_per_s'])} tokens/s can be read or multiplied at the batch planned"
+            f"no more than {short(found['roofline_tokens_per_s'])} tokens/s can be read or multiplied"
         )
 
 
@@ -112,9 +113,13 @@ def _work(found: Values) -> None:
     say(
         f"work: {short(flops['per_token'])} FLOPs for a token, {short(flops['prompt'])} for the prompt "
         f"({short(flops['multiplications_of_prompt_by_active'])} multiplications by the rule of thumb, tokens x active "
-        f"parameters); routers have {router['percent_of_total']:.4f} % of the parameters and "
-        f"{router['percent_of_flops']:.3f} % of the FLOPs; cache {short_bytes(found['kv_bytes_per_token'])} a token"
+        f"parameters); cache {short_bytes(found['kv_bytes_per_token'])} a token"
     )
+    if router["parameters"]:
+        say(
+            f"routers: {short(router['parameters'])} parameters, {router['percent_of_total']:.4f} % of all and "
+            f"{router['percent_of_active']:.2f} % of the active ones; {router['percent_of_flops']:.3f} % of the FLOPs"
+        )
     rule = found["dense_equivalents"][0]
     say(f"as good as a dense model of about {short(rule['parameters'])} ({rule['rule']}: {rule['kind']})")
 
@@ -149,14 +154,14 @@ def _asked(found: Values, wanted: PlanOptions) -> None:
     if "communication" in found:
         one = found["communication"]
         say(
-            f"over {wanted.ranks} ranks: {short_bytes(one['bytes'])} sent for the prompt, {short_bytes(one['layer_bytes'])} "
-            f"a layer, {1e3 * one['seconds']:.3g} ms on the links"
+            f"over {wanted.ranks} ranks: {short_bytes(one['bytes'])} sent for the prompt, "
+            f"{short_bytes(one['layer_bytes'])} a layer, {1e3 * one['seconds']:.3g} ms on the links"
         )
     if "against" in found:
         one = found["against"]
         say(
-            f"against {one['name']}: {one['flops_percent']:.1f} % of the FLOPs saved, {one['memory_percent']:.1f} % of the "
-            f"memory, {one['read_percent']:.1f} % of the reading"
+            f"against {one['name']}: {one['flops_percent']:.1f} % of the FLOPs saved, "
+            f"{one['read_percent']:.1f} % of the reading; {1 - one['memory_percent'] / 100:.2f} times its memory"
         )
 
 
@@ -176,11 +181,14 @@ def show_profile(profile: Profile) -> None:
                 rate = Figure(*(2e-9 * int(count) / seconds for seconds in (one[0], one[2], one[1])))
                 rows.append([f"{kind} {form}, {count} row{'s' * (count != '1')}", *_spread(rate), "Gop/s"])
     units = {"step": (1e6, "us"), "layer": (1e6, "us"), "sequence": (1e6, "us")}
-    for name, figure in profile.overhead.items():
-        scale, unit = units.get(name, (1e12, "ps"))
-        rows.append([f"besides, each {name}", *_spread(Figure(*figure).times(scale)), unit])
+    for kind, costs in profile.overhead.items():
+        for name, figure in costs.items():
+            scale, unit = units.get(name, (1e12, "ps"))
+            rows.append([f"{kind}: each {name}", *_spread(Figure(*figure).times(scale)), unit])
     print_table(f"this machine, {profile.threads} threads", ["what", "figure", "from", "to", "unit"], rows)
-    say(f"{profile.disk_note}; a process takes {short_bytes(profile.process_bytes)} before any model")
+    say(
+        f"{profile.disk_note}; a process takes {short_bytes(profile.process_bytes['packed'])} before any model"
+    )
 
 
 def _spread(one: Figure) -> list[str]:

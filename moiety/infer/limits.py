@@ -180,15 +180,15 @@ def _model(make: Make, config: ModelConfig, form: str) -> Transformer:
     return make(config, form)
 
 
-def _even_routing(experts: int, rows: int) -> Routing:
-    """So many rows for each expert, two experts for each token."""
-    token_GR = torch.arange(experts // 2 * rows).view(-1, rows)
+def _even_routing(experts: int, busy: int, rows: int) -> Routing:
+    """So many rows for each busy expert, two experts for each token; the others have none."""
+    token_GR = torch.arange(busy // 2 * rows).view(-1, rows)
     token_N = token_GR.repeat_interleave(2, dim=0).flatten()
     return Routing(
         token_N=token_N,
         weight_N=torch.full((len(token_N),), 0.5),
-        counts_E=torch.full((experts,), rows),
-        tokens=experts // 2 * rows,
+        counts_E=torch.tensor([rows] * busy + [0] * (experts - busy)),
+        tokens=busy // 2 * rows,
     )
 
 
@@ -204,13 +204,14 @@ def expert_seconds(make: Make, form: str, seconds: float) -> dict[str, Figure]:
     assert isinstance(block, MoE), type(block)
     found = {}
     for rows in ROWS:
-        routing = _even_routing(experts, rows)
+        busy = experts if rows < ROWS[-1] else 4
+        routing = _even_routing(experts, busy, rows)
         x_TD = torch.randn(routing.tokens, WIDTH, dtype=model.embed.weight.dtype)
 
         def work(x_TD: Tensor = x_TD, routing: Routing = routing) -> None:
             block.experts(x_TD, routing)
 
-        found[str(rows)] = _figure(_timed(work, seconds)).times(1 / (experts * once))
+        found[str(rows)] = _figure(_timed(work, seconds)).times(1 / (busy * once))
     return found
 
 
@@ -233,26 +234,29 @@ def linear_seconds(make: Make, form: str, seconds: float) -> dict[str, Figure]:
     for rows in ROWS:
         x_TD = torch.randn(rows, WIDTH, dtype=model.embed.weight.dtype)
 
-        def work(x_TD: Tensor = x_TD) -> None:
-            for one in matrices:
+        some = matrices if rows < ROWS[-1] else matrices[: len(matrices) // layers]
+
+        def work(x_TD: Tensor = x_TD, some: Sequence[nn.Module] = some) -> None:
+            for one in some:
                 one(x_TD)
 
-        found[str(rows)] = _figure(_timed(work, seconds)).times(1 / numbers)
+        share = len(some) / len(matrices)
+        found[str(rows)] = _figure(_timed(work, seconds)).times(1 / numbers / share)
     return found
 
 
 class _Probes:
     """Seconds of steps of small models, each several times."""
 
-    def __init__(self, make: Make, repeats: int) -> None:
-        self._make, self._repeats = make, repeats
+    def __init__(self, make: Make, repeats: int, form: str = "int4-g32") -> None:
+        self._make, self._repeats, self._form = make, repeats, form
         self._memory = torch.ones(1 << 16, dtype=torch.uint8)
 
     def step(
         self, config: ModelConfig, *, batch: int = 1, prompt: int = 16, kv_dtype: str = "auto"
     ) -> Figure:
         """A step of a batch that draws."""
-        model = self._make(config, "int4-g32")
+        model = _model(self._make, config, self._form)
         found = [
             decoding(model, batch, prompt=prompt, tokens=16, kv_dtype=kv_dtype, memory=self._memory)
             for _ in range(self._repeats)
@@ -261,7 +265,7 @@ class _Probes:
 
     def prompt(self, config: ModelConfig, tokens: int) -> Figure:
         """A prompt."""
-        model = self._make(config, "int4-g32")
+        model = _model(self._make, config, self._form)
         return _figure([prefill(model, tokens, repeats=1).first_token_s for _ in range(self._repeats)])
 
 
@@ -275,8 +279,8 @@ def _overhead(probes: _Probes, linear: Mapping[str, Figure], head: Mapping[str, 
 
     Args:
         probes: That run them.
-        linear: Seconds for each weight of matrices in int4-g32, as the probes' are.
-        head: The same in eight bits, as their head's are.
+        linear: Seconds for each weight of matrices, as the probes' are.
+        head: The same of their head's.
     """
     small, deep = _shape(), _shape(layers=10)
     one, ten, many = probes.step(small), probes.step(deep), probes.step(small, batch=16)
@@ -287,7 +291,7 @@ def _overhead(probes: _Probes, linear: Mapping[str, Figure], head: Mapping[str, 
     vocabulary = (spoken.low - many.low) / 16 / words.vocab_size - 2 * head["8"].low * words.d_model / 16
     wide = _shape(d_model=WIDTH)
     read, narrow = probes.prompt(wide, 512), probes.prompt(small, 512)
-    products = 512 / ROWS[-1] * linear["64"].low * cost.flops_per_token(wide).total / 2
+    products = linear["512"].low * cost.flops_per_token(wide).total / 2
     width = (read.low - narrow.low - products) / (512 * wide.layers * (wide.d_model - small.d_model))
     return {
         "step": _spread(one.low - small.layers * layer - sequence, one),
@@ -338,9 +342,13 @@ def measure(make: Make, folder: Path, say: Say, *, quick: bool = False) -> Profi
             "the compiled CPU kernels are not here, so this machine cannot be measured",
             hint="install a C compiler and `pip install -e .` again",
         )
-    probes, seconds = _Probes(make, 3 if quick else 7), 0.1 if quick else 0.5
-    probes.step(_shape())
-    process_bytes = resident_bytes()
+    repeats, seconds = (3, 0.1) if quick else (7, 0.5)
+    probes, plain = _Probes(make, repeats), _Probes(make, repeats, "fp32")
+    process_bytes = {}
+    for kind, some in (("packed", probes), ("plain", plain)):
+        some.step(_shape())
+        some.prompt(_shape(), 512)
+        process_bytes[kind] = resident_bytes()
     busy = os.getloadavg()[0]
     if busy > 0.5:
         say(f"others are busy here (load {busy:.1f}): the figures will be too low and their bands wide")
@@ -353,7 +361,10 @@ def measure(make: Make, folder: Path, say: Say, *, quick: bool = False) -> Profi
         say(f"kernels of {form}")
         experts[form], linear[form] = expert_seconds(make, form, seconds), linear_seconds(make, form, seconds)
     say("steps")
-    overhead = _overhead(probes, linear["int4-g32"], linear.get("int8-g32", linear["int4-g32"]))
+    overhead = {
+        "packed": _overhead(probes, linear["int4-g32"], linear.get("int8-g32", linear["int4-g32"])),
+        "plain": _overhead(plain, linear["fp32"], linear["fp32"]),
+    }
     say("attention")
     attention = _attention(probes)
     return Profile(

@@ -23,8 +23,8 @@ from moiety.config import ModelConfig
 from moiety.errors import ConfigError, FormatError, UsageError
 from moiety.formats import FORMATS
 from moiety.formats.numbers import Codes
-from moiety.formats.tiles import PackedWeight, pack_codes
-from moiety.model import hub, layout, quantized, slots
+from moiety.formats.tiles import EXPERT_MULTIPLE, PackedWeight, pack_codes
+from moiety.model import expert_file, hub, layout, quantized, slots
 from moiety.model.families import OWN, Family, FamilyChoice, Match, Piece, family_for, family_of
 from moiety.model.packed import WEIGHT_DTYPES, Packing, Weight, packing_of
 from moiety.model.tensor_file import (
@@ -229,7 +229,8 @@ def write_model(
         tokenizer.save(folder)
     layout.write_shards(folder, entries, max_shard_bytes)
     if tiles:
-        write_tensors(folder / layout.TILES, tiles)
+        ordered = expert_file.entries_in_order(model, tiles)
+        write_tensors(folder / layout.TILES, ordered, multiple=EXPERT_MULTIPLE)
     return choice
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from moiety import cost
 from moiety.config import ModelConfig, MoEConfig, require
 from moiety.plan.hardware import KINDS, Device
+from moiety.plan.profile import Profile
 from moiety.plan.weights import Stored
 
 __all__ = [
@@ -30,6 +31,9 @@ __all__ = [
 
 KV_BYTES: Mapping[str, float] = {"fp32": 4, "bf16": 2, "fp8": 1}
 PAGE_TOKENS = 16
+# glibc gives freed pieces back at once only from 32 MiB on; smaller ones stay, and leave holes too small for the next:
+# 1.5 (few layers) to 4 times (24 layers) what is in use was seen.
+MAPPED_BYTES, ALLOCATOR = 32 << 20, 2.5
 STEP_TOKENS = 512  # of a prompt that go through the model at once, as `EngineOptions` has it
 # Bytes for each parameter while it is trained: weight and gradient, a float32 copy where these are 16 bits wide, and
 # AdamW's two moments in float32.
@@ -85,7 +89,7 @@ def kv_bytes(
 
 
 def activations(
-    config: ModelConfig, tokens: int, sequences: int = 1, bytes_per_value: int = 4
+    config: ModelConfig, tokens: int, sequences: int = 1, bytes_per_value: int = 4, *, copies: int = 2
 ) -> dict[str, int]:
     """What one step of inference holds beside weights and cache, at its peak, by use.
 
@@ -93,6 +97,13 @@ def activations(
     sequences that draw, with the copies that sampling makes. `dispatch` is what a Mixture of Experts has more than a
     dense layer: each token's row once for each of its experts, in and out, K x tokens x D each; `hidden` is the rows
     between the projections.
+
+    Args:
+        config: The model's.
+        tokens: Of the step.
+        sequences: That draw.
+        bytes_per_value: Of activations.
+        copies: Of the dispatched rows: 2, or 1 where experts read a token's row from where it is, as our kernels do.
     """
     attention, d_model = config.attention, config.d_model
     heads = attention.heads * attention.head_dim * 2 + 2 * attention.kv_heads * attention.head_dim
@@ -104,10 +115,18 @@ def activations(
         "stream": 4 * tokens * d_model,
         "attention": tokens * heads,
         "hidden": tokens * max(width, dense),
-        "dispatch": 2 * pairs * d_model,
+        "dispatch": copies * pairs * d_model,
         "logits": 3 * sequences * config.vocab_size,
     }
     return {name: count * bytes_per_value for name, count in numbers.items()}
+
+
+def _held(config: ModelConfig, tokens: int, sequences: int) -> int:
+    """The same in our engine, with what the allocator keeps: see `ALLOCATOR`."""
+    sizes = activations(config, tokens, sequences, copies=1)
+    experts = sizes.pop("hidden") + sizes.pop("dispatch")
+    kept = sum(sizes.values()) + (experts if experts < MAPPED_BYTES else 0)
+    return round(ALLOCATOR * kept) + (experts if experts >= MAPPED_BYTES else 0)
 
 
 def memory(
@@ -119,8 +138,8 @@ def memory(
     batch: int = 1,
     kv_dtype: str = "bf16",
     resident: float = 1.0,
-    runtime_bytes: float | None = None,
-    paged: bool = False,
+    ours: bool = False,
+    profile: Profile | None = None,
     devices: int = 1,
 ) -> Memory:
     """What serving takes, in all devices together.
@@ -133,16 +152,18 @@ def memory(
         batch: Sequences at a time.
         kv_dtype: Of keys and values.
         resident: Share of the routed experts that is in memory.
-        runtime_bytes: Measured; None takes that of the device's kind.
-        paged: As of `kv_bytes`.
+        ours: In our engine: pages as of `kv_bytes`, and what its allocator keeps.
+        profile: Measured figures of it; None assumes.
         devices: On each of which a process takes that.
     """
     step = max(min(STEP_TOKENS, context), batch)
-    runtime = KINDS[device.kind].runtime_bytes if runtime_bytes is None else runtime_bytes
+    runtime = KINDS[device.kind].runtime_bytes
+    if profile is not None:
+        runtime = profile.process_bytes["plain" if stored.is_plain else "packed"]
     return Memory(
         weights=stored.size_bytes - round((1 - resident) * stored.expert_bytes),
-        kv=kv_bytes(config, context, kv_dtype, batch=batch, paged=paged),
-        activations=sum(activations(config, step, batch).values()),
+        kv=kv_bytes(config, context, kv_dtype, batch=batch, paged=ours),
+        activations=_held(config, step, batch) if ours else sum(activations(config, step, batch).values()),
         runtime=round(runtime) * devices,
     )
 

@@ -12,7 +12,7 @@ from moiety.config import Architecture, ModelConfig, require
 from moiety.plan import estimate, search, speed
 from moiety.plan.hardware import API_PRICES, DEVICES, KINDS, Band, Device, Sourced, device_named
 from moiety.plan.options import PlanOptions, count_named, size_bytes
-from moiety.plan.profile import Profile
+from moiety.plan.profile import ROWS, Profile
 from moiety.plan.speed import Machine, Setting
 from moiety.plan.weights import Stored, gigabytes, stored_as
 
@@ -42,7 +42,7 @@ def here(profile: Profile | None) -> Device:
 
 def _flops(profile: Profile) -> Mapping[str, float]:
     """Operations per second that the kernels reached with many rows."""
-    best = {form: 2 * 64 / rows["64"][1] for form, rows in profile.experts.items()}
+    best = {form: 2 * ROWS[-1] / rows[str(ROWS[-1])][1] for form, rows in profile.experts.items()}
     top = max(best.values())
     return {"fp32": best.get("fp32", top), "bf16": top, "fp8": top}
 
@@ -168,10 +168,7 @@ def _serving(
 ) -> dict[str, Any]:
     """Memory, layouts, speed, cost and what other programs are told."""
     device, kind = machine.device, KINDS[machine.device.kind]
-    # our engine keeps whole pages, and its process was measured
-    ours: dict[str, Any] = {"paged": options.device == "cpu"}
-    if machine.profile is not None:
-        ours["runtime_bytes"] = machine.profile.process_bytes
+    ours = options.device == "cpu"
     there = device.memory_bytes * machine.count
     budget = size_bytes(options.memory) if options.memory else round(kind.usable * there)
     require(
@@ -182,7 +179,7 @@ def _serving(
     kv_dtypes = (options.kv_dtype,) if options.kv_dtype else ("bf16",)
     setting = Setting(batch=options.batch, context=options.prompt, hit_rate=options.hit_rate)
     found = search.layouts(
-        config, choices, machine, setting, budget, kv_dtypes=kv_dtypes, context=options.context, **ours
+        config, choices, machine, setting, budget, kv_dtypes=kv_dtypes, context=options.context, ours=ours
     )
     result: dict[str, Any] = {
         "advice": search.advice(found, budget),
@@ -197,7 +194,8 @@ def _serving(
                     context=options.context,
                     batch=options.batch,
                     kv_dtype=one.setting.kv_dtype,
-                    **ours,
+                    ours=ours,
+                    profile=machine.profile,
                 ).total,
                 device,
             )
@@ -299,16 +297,16 @@ def _cost(options: PlanOptions, machine: Machine, shown: search.Layout) -> dict[
 def _warnings(options: PlanOptions, machine: Machine, shown: search.Layout, roofline: float) -> list[str]:
     found = []
     if not shown.fits:
+        needed = estimate.devices_needed(shown.memory.total, machine.device)
         found.append(
-            f"{shown.stored.form} does not fit in the memory of {machine.count} x {machine.device.name}"
+            f"{shown.stored.form} does not fit in the memory of {machine.count} x {machine.device.name}: "
+            f"{needed} hold it"
         )
     if options.tokens_per_s > roofline:
         found.append(
             f"{options.tokens_per_s:g} tokens/s is above the roofline, {roofline:.1f} tokens/s: reading a step's "
             f"weights alone takes longer ({shown.stored.form}, batch {options.batch})"
         )
-    if options.device == "cpu" and machine.profile is None:
-        found.append(UNMEASURED)
     return found
 
 

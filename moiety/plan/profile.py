@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 VERSION = 1
-ROWS = (1, 8, 64)  # for each expert, at which kernels are timed
+ROWS = (1, 8, 64, 512)  # for each expert, at which kernels are timed
 OVERHEADS = ("step", "layer", "sequence", "vocabulary", "width")
 ATTENTION = ("fp32", "bf16", "operation")
 
@@ -64,14 +64,14 @@ class Profile:
         measured: Day and hour, in UTC.
         threads: With which kernels were timed.
         memory_bytes: Of the machine.
-        process_bytes: Resident in a process that has imported everything and loaded nothing.
+        process_bytes: Resident in a process that has run a tiny model, by whether its weights are packed or plain.
         read_rate: Bytes of memory per second, by threads.
         disk: Bytes of a file per second past the page cache, by bytes of one read.
         disk_note: Where, and how.
         experts: Seconds for each weight of experts, by format and by rows for each expert.
         linear: The same for single matrices.
-        overhead: Seconds of a step, of a layer in a step, of a sequence that draws and of each entry of its vocabulary,
-            and of each number of a token's row in a layer.
+        overhead: By whether weights are packed or plain, seconds of a step, of a layer in a step, of a
+            sequence that draws, of each entry of its vocabulary, of each number of a token's row in a layer.
         attention: Seconds of each value of the cache that decoding reads, fp32 and bf16, and of a prompt's operation.
     """
 
@@ -80,13 +80,13 @@ class Profile:
     measured: str
     threads: int
     memory_bytes: int
-    process_bytes: int
+    process_bytes: Mapping[str, int]
     read_rate: Mapping[str, tuple[float, ...]]
     disk: Mapping[str, tuple[float, ...]]
     disk_note: str
     experts: Mapping[str, Mapping[str, tuple[float, ...]]]
     linear: Mapping[str, Mapping[str, tuple[float, ...]]]
-    overhead: Mapping[str, tuple[float, ...]]
+    overhead: Mapping[str, Mapping[str, tuple[float, ...]]]
     attention: Mapping[str, tuple[float, ...]]
 
     def __post_init__(self) -> None:
@@ -94,14 +94,15 @@ class Profile:
         figures = [
             *self.read_rate.values(),
             *self.disk.values(),
-            *self.overhead.values(),
             *self.attention.values(),
         ]
-        tables = (*self.experts.values(), *self.linear.values())
+        tables = (*self.experts.values(), *self.linear.values(), *self.overhead.values())
         figures += [one for table in tables for one in table.values()]
         wrong = [one for one in figures if len(one) != 3 or not 0 <= one[1] <= one[0] <= one[2]]
         require(not wrong, f"figures are {wrong[:3]}; each is a middle, a low and a high")
-        there = [set(self.overhead) == set(OVERHEADS), set(self.attention) == set(ATTENTION)]
+        there = [set(self.overhead) == {"packed", "plain"}, set(self.attention) == set(ATTENTION)]
+        there += [set(one) == set(OVERHEADS) for one in self.overhead.values()]
+        there += [set(self.process_bytes) == {"packed", "plain"}]
         require(all(there), f"overhead is {list(self.overhead)}, attention is {list(self.attention)}")
         for name in ("experts", "linear"):
             rows = [set(table) for table in getattr(self, name).values()]

@@ -78,8 +78,7 @@ def layouts(
     *,
     kv_dtypes: Sequence[str] = ("bf16",),
     context: int,
-    runtime_bytes: float | None = None,
-    paged: bool = False,
+    ours: bool = False,
 ) -> list[Layout]:
     """Each choice of weights with each dtype of the cache, with as many experts resident as fit.
 
@@ -91,8 +90,7 @@ def layouts(
         memory_bytes: Of all devices.
         kv_dtypes: Of the cache.
         context: Tokens for which the cache has room, of each sequence.
-        runtime_bytes: As of `estimate.memory`.
-        paged: As of `estimate.memory`.
+        ours: As of `estimate.memory`.
     """
     found = []
     for stored in choices:
@@ -107,8 +105,8 @@ def layouts(
                     batch=setting.batch,
                     kv_dtype=kv_dtype,
                     resident=share,
-                    runtime_bytes=runtime_bytes,
-                    paged=paged,
+                    ours=ours,
+                    profile=machine.profile,
                     devices=machine.count,
                 )
 

@@ -14,9 +14,10 @@ a step needs. The lower end of the time has reading and computing side by side, 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import NamedTuple
 
@@ -47,6 +48,9 @@ MARGIN = Band(0.85, 1.25)
 # Of dense bfloat16 arithmetic while training a Mixture of Experts: OLMoE reached 0.19 on H100 (arXiv 2409.02060, 23,600
 # tokens/s of 1.3B active parameters), DeepSeek-V3 0.39 on H800 with 8-bit products (arXiv 2412.19437).
 TRAINING_SHARE = Band(0.18, 0.45)
+# Seconds until a small result has reached all devices of a host and is summed; assumed.
+EXCHANGE = Band(5e-6, 30e-6)
+LINKS = "links between devices"
 MEMORY, COMPUTE, FIXED, DISK_WAIT, LINK_WAIT = (
     "memory bandwidth",
     "arithmetic",
@@ -62,7 +66,7 @@ class Machine:
 
     Args:
         device: As published, or as this machine says of itself.
-        count: How many, each with its share of every matrix; the cost of exchanging results is left out.
+        count: How many, each with its share of every matrix; they exchange results twice in a layer.
         profile: Measured figures, which then count instead.
         disk: Bytes per second of the tier below, where the user knows; None takes the profile's, or assumes.
     """
@@ -181,7 +185,7 @@ def decode(config: ModelConfig, stored: Stored, machine: Machine, setting: Setti
     kv = setting.batch * cost.kv_bytes(config, setting.context, KV_BYTES[setting.kv_dtype])
     scores = setting.batch * cost.flops_per_token(config, setting.context).components["attention_scores"]
     if machine.profile is None:
-        times = _published(works, kv, scores, machine)
+        times = _published(config, works, kv, scores, machine, setting.batch)
     else:
         kind = "fp32" if setting.kv_dtype == "fp32" else "bf16"
         values = setting.batch * cost.kv_bytes(config, setting.context, 1)
@@ -205,7 +209,7 @@ def prefill(config: ModelConfig, stored: Stored, machine: Machine, setting: Sett
         once = cost.flops_per_token(config, done + (step + 1) // 2, absorbed=False)
         scores = step * once.components["attention_scores"]
         if machine.profile is None:
-            parts.append(_published(mine, kv, scores, machine, prompt=True))
+            parts.append(_published(config, mine, kv, scores, machine, step))
         else:
             attention = Figure(*machine.profile.attention["operation"]).times(scores)
             parts.append(_measured(mine, config, attention, machine.profile, tokens=step, sequences=last))
@@ -219,7 +223,7 @@ def prefill(config: ModelConfig, stored: Stored, machine: Machine, setting: Sett
 
 
 def _published(
-    works: list[_Work], kv: float, scores: float, machine: Machine, *, prompt: bool = False
+    config: ModelConfig, works: list[_Work], kv: float, scores: float, machine: Machine, tokens: int
 ) -> _Times:
     kind, device = KINDS[machine.device.kind], machine.device
     reading = (sum(one.size_bytes for one in works) + kv) / device.bandwidth / machine.count
@@ -229,21 +233,26 @@ def _published(
         multiplying += 2 * one.numbers * one.rows / flops_of(device, bits, one.form) / machine.count
     shares = kind.prefill if multiplying > reading else kind.decode
     longer = max(reading, multiplying)
-    assert longer > 0 or prompt, works
-    return _Times(
-        Band(longer / shares.high, longer / shares.low), COMPUTE if multiplying > reading else MEMORY
-    )
+    limit = COMPUTE if multiplying > reading else MEMORY
+    seconds = Band(longer / shares.high, longer / shares.low)
+    if machine.count > 1:
+        exchanges = 2 * config.layers
+        moved = 2 * tokens * config.d_model * 2 / device.link  # bfloat16, once to and once from the others
+        waiting = Band(exchanges * (EXCHANGE.low + moved), exchanges * (EXCHANGE.high + moved))
+        limit = LINKS if waiting.middle > seconds.middle else limit
+        seconds = Band(seconds.low + waiting.low, seconds.high + waiting.high)
+    return _Times(seconds, limit)
 
 
 def _seconds_each(table: Mapping[str, Mapping[str, tuple[float, ...]]], form: str, rows: float) -> Figure:
     """Seconds for a weight at so many rows: between the measured in proportion, beyond the last as many times it."""
     found = table[form] if form in table else table[_nearest(list(table), form)]
-    low, high = (1, 8) if rows <= ROWS[1] else (8, 64)
+    if rows <= ROWS[0]:
+        return Figure(*found[str(ROWS[0])])
+    if rows >= ROWS[-1]:
+        return Figure(*found[str(ROWS[-1])]).times(rows / ROWS[-1])
+    low, high = next(pair for pair in itertools.pairwise(ROWS) if rows < pair[1])
     first, last = Figure(*found[str(low)]), Figure(*found[str(high)])
-    if rows <= 1:
-        return first
-    if rows >= ROWS[2]:
-        return last.times(rows / ROWS[2])
     part = (rows - low) / (high - low)
     return first.times(1 - part).plus(last.times(part))
 
@@ -271,7 +280,8 @@ def _measured(
         table = profile.experts if one.kind == "experts" else profile.linear
         products = products.plus(_seconds_each(table, one.form, one.rows).times(one.numbers))
         reading += one.size_bytes / profile.best_read_rate.middle
-    each = {name: Figure(*figure) for name, figure in profile.overhead.items()}
+    overhead = profile.overhead["plain" if all(one.form in PLAIN for one in works) else "packed"]
+    each = {name: Figure(*figure) for name, figure in overhead.items()}
     counts = {
         "step": 1,
         "layer": config.layers,
@@ -325,9 +335,9 @@ def roofline(config: ModelConfig, stored: Stored, machine: Machine, setting: Set
     kv = setting.batch * cost.kv_bytes(config, setting.context, KV_BYTES[setting.kv_dtype])
     scores = setting.batch * cost.flops_per_token(config, setting.context).components["attention_scores"]
     kind = KINDS[machine.device.kind]
-    times = _published(works, kv, scores, machine)
+    times = _published(config, works, kv, scores, replace(machine, count=1), setting.batch)
     share = kind.prefill if times.limit == COMPUTE else kind.decode
-    return setting.batch / (times.band.low * share.high)
+    return machine.count * setting.batch / (times.band.low * share.high)
 
 
 def read_share_limit(config: ModelConfig) -> int:

@@ -90,6 +90,11 @@ class Stored:
         return sum(part.size_bytes for part in self.parts if part.kind == "experts")
 
     @property
+    def is_plain(self) -> bool:
+        """Nothing is packed."""
+        return all(part.form in PLAIN for part in self.parts)
+
+    @property
     def bits_per_weight(self) -> float:
         """The mean over all matrices."""
         return 8 * sum(part.size_bytes for part in self.parts) / sum(part.numbers for part in self.parts)

@@ -22,11 +22,13 @@ enum kind { KIND_FLOAT32, KIND_BFLOAT16, KIND_FLOAT8, KIND_INT8, KIND_INT4, KIND
 
 enum activation { ACT_NONE, ACT_SILU, ACT_GELU, ACT_GELU_TANH, ACT_RELU, ACT_CLAMPED, ACTIVATIONS };
 
-/* A stack of packed matrices. */
+/* A stack of packed matrices. The tiles of one, (row_blocks, groups, tile_bytes), follow each other; those of the next lie
+ * expert_bytes further on, or each lies where `place` says. */
 typedef struct {
-    const uint8_t *tiles; /* (experts, row_blocks, groups, tile_bytes) */
+    const uint8_t *tiles;
+    const int64_t *place; /* (experts) bytes from `tiles` to an expert's, -1 for one that is not in memory; or NULL */
     const float *bias;    /* (experts, row_blocks * 16) in the order of the packed rows, or NULL */
-    int64_t experts, row_blocks, groups, tile_bytes;
+    int64_t experts, row_blocks, groups, tile_bytes, expert_bytes;
     int64_t rows, columns; /* without padding */
     int32_t kind, group;   /* group: columns of a tile */
 } matrix;
@@ -82,5 +84,33 @@ typedef struct {
     int64_t tasks;
 } phase;
 void run_phases(const crew *who, void *job, const phase *phases, int64_t count);
+
+/* A router that compares softmax or sigmoid scores and takes the best. */
+typedef struct {
+    int64_t experts, width, k, groups, groups_kept, group_best;
+    int32_t sigmoid, renormalize;
+    float scale, tiny;       /* tiny: the least sum to divide by (softmax), or what is added to it (sigmoid) */
+    const float *gate, *gate_bias, *bias; /* (E, D), (E) or NULL, (E) or NULL: added to scores when comparing */
+} router;
+
+/* What a routing of T tokens is written to: room for T * E, T * E, T * K, T * K; then the pairs sorted by expert. */
+typedef struct {
+    float *logits, *scores;
+    int64_t *chosen;
+    float *weight;
+    int64_t *token_of; /* (T * K) */
+    float *weight_of;  /* (T * K) */
+    int64_t *counts;   /* (E) */
+} routing;
+
+/* Whole operations; see their definitions. */
+int32_t moiety_grouped_linear(const matrix *w, const float *x, int64_t rows, int64_t x_stride, const int64_t *counts, float *y,
+                              const crew *who);
+int32_t moiety_experts(const matrix *up, const matrix *down, int32_t activation, int32_t gated, float limit, const float *x,
+                       int64_t tokens, int64_t x_stride, const int64_t *token_of, const float *weight_of,
+                       const int64_t *counts, int64_t pairs, float *y, const crew *who);
+void moiety_route(const router *r, const float *x, int64_t tokens, int64_t x_stride, const routing *to, const crew *who);
+void moiety_rms_norm(float *x, const float *add, const float *weight, float eps, float *out, int64_t rows, int64_t width,
+                     const crew *who);
 
 #endif
