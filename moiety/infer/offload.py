@@ -338,7 +338,8 @@ class ExpertStore:
         self.slot_bytes = slot_bytes(file)
         self.slab_bytes = residency.slots * self.slot_bytes
         try:
-            memory = mmap.mmap(-1, self.slab_bytes)
+            private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if sys.platform == "linux" else {}
+            memory = mmap.mmap(-1, self.slab_bytes, **private)  # shared memory has no large pages
         except (OSError, ValueError, OverflowError) as error:
             raise StorageError(f"the system gives no {self.slab_bytes:,} bytes of memory: {error}") from error
         if sys.platform == "linux":
@@ -397,7 +398,7 @@ class ExpertStore:
     def guess(self, layer: int, experts: Sequence[int]) -> None:
         """These may be wanted next: have them read into spare slots while the disk has nothing else to do.
 
-        Where too few guesses came true, only now and then: the disk is late for what is wanted (LOG.md has the figures).
+        Where too few guesses came true, only now and then: the disk is late for what is wanted (see LOG.md).
         """
         with self._calling:
             self._land()

@@ -297,7 +297,7 @@ def test_a_file_that_may_not_be_read(packed: ExpertFile) -> None:
 
 
 def test_too_much_memory_is_refused(packed: ExpertFile, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuses(*_: int) -> None:
+    def refuses(*_: int, flags: int = 0) -> None:
         raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
 
     monkeypatch.setattr("mmap.mmap", refuses)
