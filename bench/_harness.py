@@ -11,7 +11,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from moiety.train.host import host_line, keep_freed_memory
@@ -34,11 +34,13 @@ class Row:
     note: str = ""
 
 
-def arguments(description: str) -> argparse.Namespace:
-    """`--quick` ends in under a minute; `--device` is where to run."""
+def arguments(description: str, peers: Sequence[str] = ()) -> argparse.Namespace:
+    """`--quick` ends in under a minute; `--device` is where to run; `--only` picks one of the peers."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--quick", action="store_true", help="a few cases only, under 60 s")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    if peers:
+        parser.add_argument("--only", choices=peers, help="against this one alone")
     keep_freed_memory()  # for all methods alike
     return parser.parse_args()
 

@@ -1,14 +1,17 @@
-"""Whole models from prompt to tokens: our engine on 4-bit weights against llama.cpp Q4_0 and transformers bfloat16.
+"""Whole models from prompt to tokens: ours on 4-bit weights, llama.cpp on Q4_0, transformers and vLLM on bfloat16.
 
 Each engine is a process of its own that keeps its model; they take turns, so that all see the same moments of a noisy
 machine. Weights are random, shapes are real. Decoding's limit is the bytes of active weights over the memory's speed,
-measured in turn too. llama.cpp is the wheel `xllamacpp`; an engine that is not installed is named and left out.
+measured in turn too. llama.cpp is the wheel `xllamacpp`; vLLM is where MOIETY_VLLM_PYTHON says (`make interop` makes
+one). An engine that is not installed is named and left out. --only PEER measures against one alone.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.util
+import json
+import os
 import statistics
 import subprocess
 import sys
@@ -24,6 +27,7 @@ from _models import shape_named, write_gguf
 from moiety.backends.cpu_limits import read_all
 from moiety.config import ModelConfig
 from moiety.formats import format_named
+from moiety.model.families import family_for
 
 # Model, layers of it (0: all), against whom: transformers needs four times our memory, so it gets half the layers.
 CASES = (
@@ -31,13 +35,17 @@ CASES = (
     ("olmoe-1b-7b", 8, "transformers"),
     ("qwen3-30b-a3b", 8, "llama.cpp"),
     ("qwen3-30b-a3b", 8, "transformers"),
+    ("olmoe-1b-7b", 8, "vllm"),
+    ("qwen3-30b-a3b", 8, "vllm"),
 )
 PEERS = {"llama.cpp": "xllamacpp", "transformers": "transformers"}
+VLLM_VARIABLE = "MOIETY_VLLM_PYTHON"
 DECODE_BARS: dict[str, dict[int, float | None]] = {
     "llama.cpp": {1: 1.5, 8: 2.5, 32: 4.0},
     "transformers": {1: 5.0, 8: None, 32: None},
+    "vllm": {1: None, 8: None, 32: None},
 }
-PREFILL_BARS = {"llama.cpp": 10.0, "transformers": 2.5}
+PREFILL_BARS = {"llama.cpp": 10.0, "transformers": 2.5, "vllm": 2.5}
 LIMIT_BAR = 0.8
 
 
@@ -45,9 +53,12 @@ class Child:
     """An engine in its process."""
 
     def __init__(self, engine: str, model: str, layers: int, file: Path) -> None:
-        script = Path(__file__).with_name("_engine_child.py")
+        folder = Path(__file__).parent
+        command = [sys.executable, str(folder / "_engine_child.py"), engine, model, str(layers), str(file)]
+        if engine == "vllm":
+            command = [os.environ[VLLM_VARIABLE], "-P", str(folder / "_vllm_child.py"), str(file)]
         self.process = subprocess.Popen(
-            [sys.executable, str(script), engine, model, str(layers), str(file)],
+            command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -157,22 +168,34 @@ def against(peer: str, model: str, layers: int, file: Path, quick: bool) -> list
     return rows
 
 
+def is_here(peer: str) -> bool:
+    """Whether an engine is installed."""
+    if peer == "vllm":
+        return VLLM_VARIABLE in os.environ
+    return importlib.util.find_spec(PEERS[peer]) is not None
+
+
 def main() -> int:
     """The peers one after the other: their models do not fit into memory together."""
-    options = arguments(__doc__ or "")
+    options = arguments(__doc__ or "", (*PEERS, "vllm"))
     if options.device != "cpu":
         print("this measures CPUs", file=sys.stderr)
         return finish("engine", [])
     rows: list[Row] = []
-    for model, most, peer in CASES[:2] if options.quick else CASES:
+    for model, most, peer in CASES[:2] if options.quick and not options.only else CASES:
         layers = 2 if options.quick else most
-        if importlib.util.find_spec(PEERS[peer]) is None:
-            print(f"{peer} is left out: {PEERS[peer]} is not installed", file=sys.stderr)
+        if options.only not in (None, peer):
+            continue
+        if not is_here(peer):
+            print(f"{peer} is left out: it is not installed", file=sys.stderr)
             continue
         with tempfile.TemporaryDirectory(prefix="moiety-") as folder:
             file = Path(folder) / "random.gguf"
             if peer == "llama.cpp":
                 write_gguf(shape_named(model, layers), file)
+            elif peer == "vllm":
+                file, config = Path(folder), shape_named(model, layers)
+                (file / "config.json").write_text(json.dumps(family_for(config).family.write(config)))
             rows += against(peer, model, layers, file, options.quick)
     return finish("engine", rows)
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from moiety.backends import reference
+from moiety.backends.cpu_memory import into_huge_pages
 from moiety.backends.weights import CLAMPED, ExpertWeights
 from moiety.errors import DependencyError
 from moiety.formats import Format
@@ -178,6 +179,8 @@ class Matrix:
         assert tiles.device.type == "cpu" and tiles[0].is_contiguous(), (tiles.device, tiles.stride())
         if place is not None:
             assert place.dtype == torch.int64 and place.is_contiguous(), (place.dtype, place.stride())
+        else:  # slots are in the hands of whoever fills them
+            into_huge_pages(tiles)
         self._as_c = _CMatrix(
             tiles.data_ptr(),
             None if place is None else place.data_ptr(),

@@ -16,7 +16,7 @@ from torch import Tensor
 from moiety.backends import cpu
 from moiety.routing import Routing
 
-__all__ = ["MOST_EXPERTS", "Best", "route"]
+__all__ = ["MOST_EXPERTS", "Best", "CompiledRouter", "Rooms", "route"]
 
 MOST_EXPERTS = 1024  # of routing.c
 
@@ -58,6 +58,13 @@ class Best:
     group_best: int
 
 
+class _CRouting(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_void_p)
+        for name in ("logits", "scores", "chosen", "weight", "token_of", "weight_of", "counts")
+    ]
+
+
 def _float32(weight: Tensor | None) -> Tensor | None:
     return None if weight is None else weight.detach().float().contiguous()
 
@@ -67,44 +74,72 @@ def _kernel() -> Any:
     kernels = cpu.library()
     assert kernels is not None, "without kernels the router decides by itself"
     pointer, wide = ctypes.c_void_p, ctypes.c_int64
-    kernels.moiety_route.argtypes = [pointer, pointer, wide, wide, *[pointer] * 8]
+    kernels.moiety_route.argtypes = [pointer, pointer, wide, wide, pointer, pointer]
     kernels.moiety_route.restype = None
     return kernels.moiety_route
 
 
-def route(
-    x_TD: Tensor, gate_ED: Tensor, best: Best, *, gate_bias_E: Tensor | None, bias_E: Tensor | None
-) -> Routing:
-    """Logits in float32, scores, choice and weights. The compiled kernels must be here (`cpu.level()`).
+class CompiledRouter:
+    """A router, ready for the kernel.
 
     Args:
-        x_TD: Tokens, on the CPU.
-        gate_ED: The router's weights.
+        gate_ED: Its weights.
         best: Who is chosen, and what it weighs.
         gate_bias_E: Added to the logits.
         bias_E: Added to the scores where they are compared.
     """
-    rows_TD, gate, gate_bias, bias = x_TD.float(), _float32(gate_ED), _float32(gate_bias_E), _float32(bias_E)
-    (tokens, width), experts = rows_TD.shape, len(gate_ED)
-    assert gate is not None and experts <= MOST_EXPERTS, (experts, MOST_EXPERTS)
+
+    def __init__(
+        self, gate_ED: Tensor, best: Best, *, gate_bias_E: Tensor | None = None, bias_E: Tensor | None = None
+    ) -> None:
+        self.best, (self.experts, self.width) = best, gate_ED.shape
+        assert self.experts <= MOST_EXPERTS, (self.experts, MOST_EXPERTS)
+        given = (gate_ED, gate_bias_E, bias_E)
+        self._kept = tuple(map(_float32, given))
+        addresses = [None if one is None else one.data_ptr() for one in self._kept]
+        self.made_from = (best, *(None if one is None else one.data_ptr() for one in given))
+        self.shares_memory = [*self.made_from[1:]] == addresses  # a change of the weights is seen at once
+        self._as_c = _CRouter(
+            self.experts, self.width, best.k, best.groups, best.groups_kept, best.group_best, best.sigmoid,
+            best.renormalize, best.scale, best.tiny, *addresses,
+        )  # fmt: skip
+        self.address = ctypes.addressof(self._as_c)
+
+
+class Rooms:
+    """Memory for a kernel to write the routing of some tokens to."""
+
+    def __init__(self, router: CompiledRouter, tokens: int) -> None:
+        self.tokens, self.experts = tokens, router.experts
+        pairs, scores = tokens * router.best.k, tokens * router.experts
+        self.floats = torch.empty(2 * scores + 2 * pairs)
+        self.numbers = torch.empty(2 * pairs + router.experts, dtype=torch.int64)
+        floats, numbers = self.floats.data_ptr(), self.numbers.data_ptr()
+        self.pairs, self.scores = pairs, scores
+        self._as_c = _CRouting(
+            floats, floats + 4 * scores, numbers, floats + 8 * scores, numbers + 8 * pairs,
+            floats + 8 * scores + 4 * pairs, numbers + 16 * pairs,
+        )  # fmt: skip
+        self.address = ctypes.addressof(self._as_c)
+
+    def routing(self) -> Routing:
+        """What was written."""
+        pairs, scores, shape = self.pairs, self.scores, (self.tokens, self.experts)
+        return Routing(
+            token_N=self.numbers[pairs : 2 * pairs],
+            weight_N=self.floats[2 * scores + pairs :],
+            counts_E=self.numbers[2 * pairs :],
+            tokens=self.tokens,
+            logits_TE=self.floats[:scores].view(shape),
+            score_TE=self.floats[scores : 2 * scores].view(shape),
+        )
+
+
+def route(x_TD: Tensor, router: CompiledRouter) -> Routing:
+    """Logits in float32, scores, choice and weights of tokens on the CPU. The kernels must be here (`cpu.level()`)."""
+    rows_TD = x_TD.float()
     rows_TD = rows_TD if rows_TD.stride(1) == 1 else rows_TD.contiguous()
-    addresses: list[Any] = [None if one is None else one.data_ptr() for one in (gate, gate_bias, bias)]
-    router = _CRouter(
-        experts, width, best.k, best.groups, best.groups_kept, best.group_best, best.sigmoid, best.renormalize,
-        best.scale, best.tiny, *addresses,
-    )  # fmt: skip
-    pairs = tokens * best.k
-    floats = torch.empty(2 * tokens * experts + 2 * pairs)
-    numbers = torch.empty(2 * pairs + experts, dtype=torch.int64)
-    logits, scores, weight, weight_N = floats.split([tokens * experts, tokens * experts, pairs, pairs])
-    chosen, token_N, counts_E = numbers.split([pairs, pairs, experts])
-    rooms = (one.data_ptr() for one in (logits, scores, chosen, weight, token_N, weight_N, counts_E))
-    _kernel()(ctypes.addressof(router), rows_TD.data_ptr(), tokens, rows_TD.stride(0), *rooms, cpu.crew())
-    return Routing(
-        token_N=token_N,
-        weight_N=weight_N,
-        counts_E=counts_E,
-        tokens=tokens,
-        logits_TE=logits.view(tokens, experts),
-        score_TE=scores.view(tokens, experts),
-    )
+    assert rows_TD.shape[1] == router.width, (rows_TD.shape, router.width)
+    rooms = Rooms(router, len(rows_TD))
+    _kernel()(router.address, rows_TD.data_ptr(), rooms.tokens, rows_TD.stride(0), rooms.address, cpu.crew())
+    return rooms.routing()

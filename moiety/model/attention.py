@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moiety.backends import cpu_attention
+from moiety.backends.cpu_attention import PagedLayer, RaggedStep
 from moiety.backends.matmul import project
 from moiety.config import AttentionConfig
 from moiety.model.context import ForwardContext, Visible, by_sequence
@@ -189,6 +190,10 @@ class Attention(nn.Module):
 
     def _paged(self, qkv: Tensor, step: PagedStep, context: ForwardContext) -> Tensor:
         """`_mixed` of all sequences at once, by the compiled kernel."""
+        return cpu_attention.attention(*self.compiled(step, context), qkv)
+
+    def compiled(self, step: PagedStep, context: ForwardContext) -> tuple[PagedLayer, RaggedStep]:
+        """This layer and the step for the compiled kernel; only where `step.choice` names it."""
         layer, pool, weights = self.layer, step.pool, self._weights()
         known, addresses = (
             pool.prepared.get(layer.number),
@@ -215,7 +220,7 @@ class Attention(nn.Module):
                 chunked=context.windows[1],
                 factored=factor_T is not None,
             )
-        return cpu_attention.attention(known, ragged, qkv)
+        return known, ragged
 
     def _mixed(self, context: ForwardContext, qkv: Tensor) -> Tensor:
         """What the heads answer, (B, S, H * head_dim)."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moiety.backends import Choice
 from moiety.backends.cpu_attention import BLOCK, PagedLayer, RaggedStep, choose
+from moiety.backends.cpu_block import PackedBlock
 from moiety.config import ModelConfig
 from moiety.errors import UsageError
 
@@ -47,6 +48,7 @@ class PagePool:
             self.values = torch.empty(*place, page_tokens, -(-dims // BLOCK) * BLOCK, dtype=dtype)
             self.parts = (self.keys.transpose(-1, -2), self.values[..., :dims])
         self.prepared: dict[int, PagedLayer] = {}
+        self.blocks: dict[int, tuple[object, PackedBlock]] = {}  # what each was made from, and it
 
     @property
     def size_bytes(self) -> int:

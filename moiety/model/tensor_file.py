@@ -13,6 +13,7 @@ import math
 import mmap
 import os
 import reprlib
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -136,6 +137,8 @@ class TensorFile:
             memory = mmap.mmap(self.descriptor, 0, access=mmap.ACCESS_COPY)
         except OSError as error:
             raise StorageError(f"cannot map {self.path}: {error.strerror}", hint="check its disk") from error
+        if sys.platform.startswith("linux"):
+            memory.madvise(mmap.MADV_HUGEPAGE)  # read in pieces of 2 MiB, where the file system can
         whole = torch.frombuffer(memory, dtype=torch.uint8)
         return {
             name: whole[place.start : place.start + place.size_bytes].view(place.dtype).view(place.shape)

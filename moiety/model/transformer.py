@@ -14,6 +14,7 @@ from moiety.config import ModelConfig, MoEConfig
 from moiety.errors import ConfigError, UsageError
 from moiety.model.attention import Attention
 from moiety.model.context import ForwardContext, KVCache, forward_context
+from moiety.model.fused import fused
 from moiety.model.loss import cross_entropy, head_logits
 from moiety.model.mla import LatentAttention
 from moiety.model.norm import Norm, norm_of
@@ -135,6 +136,9 @@ class Block(nn.Module):
 
     def forward(self, x_BSD: Tensor, context: ForwardContext) -> tuple[Tensor, Routing | None]:
         """(B, S, D) to (B, S, D), and the routing if this block is MoE."""
+        whole = fused(self, x_BSD, context)
+        if whole is not None:
+            return whole
         x_BSD = self.attended(x_BSD, context)
         normed = self.feed_forward_input(x_BSD)
         if not isinstance(self.feed_forward, MoE):

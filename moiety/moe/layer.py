@@ -262,10 +262,9 @@ class MoE(nn.Module):
         """
         self._check_pinned(pinned, len(x_TD))
         _check_lengths(len(x_TD), self.choices, valid_T, token_id_T, cost_E)
-        best = self._compiled(x_TD) if pinned is None and valid_T is None else None
-        if best is not None and self.gate is not None:
-            gate, bias_E = self.gate, self.selection_bias
-            return cpu_routing.route(x_TD, gate.weight, best, gate_bias_E=gate.bias, bias_E=bias_E)
+        router = self.compiled(x_TD) if pinned is None and valid_T is None else None
+        if router is not None:
+            return cpu_routing.route(x_TD, router)
         needs = self.router.needs
         if needs.token_ids and token_id_T is None:
             raise UsageError("this router chooses by token id", hint="pass token_ids, one for each token")
@@ -293,17 +292,21 @@ class MoE(nn.Module):
             return pairs.with_weights(weight_N)
         return pairs.with_weights(weight_N, logits_TE=logits_TE, score_TE=score_TE, noise=noise)
 
-    def _compiled(self, x_TD: Tensor) -> cpu_routing.Best | None:
-        """How the compiled kernel decides as this router does; None where it cannot. Only beside packed experts."""
-        packed = isinstance(self.experts, PackedExperts | MixedExperts | StreamedExperts) and bool(
-            cpu.level()
+    def compiled(self, x_TD: Tensor) -> cpu_routing.CompiledRouter | None:
+        """The router for the compiled kernel, beside packed experts; None where it would decide otherwise."""
+        packed = bool(cpu.level()) and isinstance(
+            self.experts, PackedExperts | MixedExperts | StreamedExperts
         )
         if not packed or self.training or torch.is_grad_enabled() or self.capacity is not None:
             return None
-        fits = (
-            x_TD.device.type == "cpu" and self.choices <= cpu_routing.MOST_EXPERTS and self.gate_noise is None
+        if x_TD.device.type != "cpu" or self.choices > cpu_routing.MOST_EXPERTS:
+            return None
+        best, gate = compiled(self.router), self.gate
+        if best is None or gate is None or self.gate_noise is not None:
+            return None
+        return cpu_routing.CompiledRouter(
+            gate.weight, best, gate_bias_E=gate.bias, bias_E=self.selection_bias
         )
-        return compiled(self.router) if fits else None
 
     def _choose(self, score_TE: Tensor, context: RouterContext, sequences: int) -> Routing:
         """The router's pairs, after what the capacity makes of them; experts on disk may cost something."""

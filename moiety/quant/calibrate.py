@@ -76,8 +76,8 @@ class Calibration:
 
         Args:
             base: What everything else is packed in.
-            bits: Of a weight of the routed experts, on average, scales and padded tiles included, but not the zeros that
-                fill an expert up to a page.
+            bits: Of a weight of the routed experts, on average, scales and padded tiles included, but not the zeros
+                that fill an expert up to a page.
 
         Raises:
             ConfigError: less than all experts take in the lower format.

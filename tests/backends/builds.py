@@ -13,8 +13,9 @@ from pathlib import Path
 from moiety.backends import cpu
 
 ROOT = Path(__file__).resolve().parents[2]
-KERNEL_TESTS = tuple(
-    f"tests/backends/test_{name}.py" for name in ("cpu", "cpu_routing", "cpu_limits", "cpu_attention")
+KERNEL_TESTS = (
+    *(f"tests/backends/test_{name}.py" for name in ("cpu", "cpu_routing", "cpu_limits", "cpu_attention")),
+    "tests/model/test_fused.py",
 )
 
 

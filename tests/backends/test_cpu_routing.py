@@ -48,7 +48,7 @@ def route(
 ) -> Routing:
     best = compiled(router)
     assert best is not None
-    return cpu_routing.route(x, gate, best, gate_bias_E=gate_bias, bias_E=bias)
+    return cpu_routing.route(x, cpu_routing.CompiledRouter(gate, best, gate_bias_E=gate_bias, bias_E=bias))
 
 
 def check(router: TopK | SigmoidTopK, found: Routing, bias_E: Tensor | None) -> None:

@@ -19,6 +19,7 @@ from moiety.errors import FormatError, StorageError, UsageError
 from moiety.model import checkpoint, gguf
 from moiety.model.gguf import files, header, names, tensors
 from moiety.model.transformer import Transformer
+from moiety.quant.quantize import policy_named, quantize
 from tests import gguf_models, tiny
 
 Q = package.GGMLQuantizationType
@@ -480,6 +481,10 @@ def test_calls_that_cannot_be_meant_are_refused(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     with pytest.raises(StorageError, match="cannot write"):
         gguf.save_gguf(model, tmp_path / "folder")
+    quantize(model, policy_named("int8-g32"))
+    with pytest.raises(UsageError, match="tensors are packed") as caught:
+        gguf.save_gguf(model, tmp_path / "packed.gguf")
+    assert "--kind" in (caught.value.hint or "") and not (tmp_path / "packed.gguf").exists()
 
 
 def test_load_takes_a_gguf_file(tmp_path: Path) -> None:

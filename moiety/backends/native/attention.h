@@ -50,6 +50,8 @@ typedef struct {
     int64_t rows;     /* queries of an attention task */
 } attention_job;
 
+void moiety_attention(const attention_layer *a, const attention_step *s, const float *qkv, float *out, const crew *who);
+
 static inline int64_t page_of(const attention_step *s, const attention_layer *a, int64_t sequence, int64_t position) {
     return s->pages[s->first_page[sequence] + position / a->page_tokens];
 }

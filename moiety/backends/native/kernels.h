@@ -85,4 +85,32 @@ typedef struct {
 } phase;
 void run_phases(const crew *who, void *job, const phase *phases, int64_t count);
 
+/* A router that compares softmax or sigmoid scores and takes the best. */
+typedef struct {
+    int64_t experts, width, k, groups, groups_kept, group_best;
+    int32_t sigmoid, renormalize;
+    float scale, tiny;       /* tiny: the least sum to divide by (softmax), or what is added to it (sigmoid) */
+    const float *gate, *gate_bias, *bias; /* (E, D), (E) or NULL, (E) or NULL: added to scores when comparing */
+} router;
+
+/* What a routing of T tokens is written to: room for T * E, T * E, T * K, T * K; then the pairs sorted by expert. */
+typedef struct {
+    float *logits, *scores;
+    int64_t *chosen;
+    float *weight;
+    int64_t *token_of; /* (T * K) */
+    float *weight_of;  /* (T * K) */
+    int64_t *counts;   /* (E) */
+} routing;
+
+/* Whole operations; see their definitions. */
+int32_t moiety_grouped_linear(const matrix *w, const float *x, int64_t rows, int64_t x_stride, const int64_t *counts, float *y,
+                              const crew *who);
+int32_t moiety_experts(const matrix *up, const matrix *down, int32_t activation, int32_t gated, float limit, const float *x,
+                       int64_t tokens, int64_t x_stride, const int64_t *token_of, const float *weight_of,
+                       const int64_t *counts, int64_t pairs, float *y, const crew *who);
+void moiety_route(const router *r, const float *x, int64_t tokens, int64_t x_stride, const routing *to, const crew *who);
+void moiety_rms_norm(float *x, const float *add, const float *weight, float eps, float *out, int64_t rows, int64_t width,
+                     const crew *who);
+
 #endif

@@ -7,13 +7,6 @@
 #define TOKENS 4 /* that share a row of the gate's weights */
 
 typedef struct {
-    int64_t experts, width, k, groups, groups_kept, group_best;
-    int32_t sigmoid, renormalize;
-    float scale, tiny;       /* tiny: the least sum to divide by (softmax), or what is added to it (sigmoid) */
-    const float *gate, *gate_bias, *bias; /* (E, D), (E) or NULL, (E) or NULL: added to scores when comparing */
-} router;
-
-typedef struct {
     const level_table *table;
     const router *r;
     const float *x;
@@ -99,19 +92,18 @@ static void route_task(void *data, int64_t number) {
     }
 }
 
-/* Route T tokens. `chosen` and `weight` are room for T * K; the pairs sorted by expert, then by token, go to the last three. */
-EXPORT void moiety_route(const router *r, const float *x, int64_t tokens, int64_t x_stride, float *logits, float *scores,
-                         int64_t *chosen, float *weight, int64_t *token_of, float *weight_of, int64_t *counts, const crew *who) {
-    route_job j = {.table = table_of(who->level), .r = r, .x = x, .tokens = tokens, .x_stride = x_stride, .logits = logits,
-                   .scores = scores, .chosen = chosen, .weight = weight};
+/* Route T tokens. */
+EXPORT void moiety_route(const router *r, const float *x, int64_t tokens, int64_t x_stride, const routing *to, const crew *who) {
+    route_job j = {.table = table_of(who->level), .r = r, .x = x, .tokens = tokens, .x_stride = x_stride, .logits = to->logits,
+                   .scores = to->scores, .chosen = to->chosen, .weight = to->weight};
     const phase phases[] = {{route_task, (tokens + TOKENS - 1) / TOKENS}};
     run_phases(who, &j, phases, 1);
     int64_t next[MOST_EXPERTS] = {0};
-    memset(counts, 0, r->experts * sizeof *counts);
-    for (int64_t i = 0; i < tokens * r->k; i++) counts[chosen[i]]++;
-    for (int64_t e = 1; e < r->experts; e++) next[e] = next[e - 1] + counts[e - 1];
+    memset(to->counts, 0, r->experts * sizeof *to->counts);
+    for (int64_t i = 0; i < tokens * r->k; i++) to->counts[to->chosen[i]]++;
+    for (int64_t e = 1; e < r->experts; e++) next[e] = next[e - 1] + to->counts[e - 1];
     for (int64_t i = 0; i < tokens * r->k; i++) {
-        const int64_t at = next[chosen[i]]++;
-        token_of[at] = i / r->k, weight_of[at] = weight[i];
+        const int64_t at = next[to->chosen[i]]++;
+        to->token_of[at] = i / r->k, to->weight_of[at] = to->weight[i];
     }
 }

@@ -189,6 +189,12 @@ def save_gguf(
     if kind not in KINDS:
         raise UsageError(f"kind is {kind!r}; allowed are {', '.join(KINDS)}")
     state = model.state_dict()
+    packed = [name for name in state if name.endswith(".tiles")]
+    if packed:
+        raise UsageError(
+            f"{len(packed)} of the model's tensors are packed, {packed[0]} for one: GGUF is written from weights",
+            hint="convert the model that it was packed from, with --kind q8_0 or q4_0 for fewer bits",
+        )
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     row = metadata.architecture_for(model.config, shapes)
     title = Path(path).name.removesuffix(".gguf") if name is None else name
