@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from moiety.cli.output import command, print_json, print_table, talk
+from moiety.infer.options import StreamOptions
 
 if TYPE_CHECKING:
     from moiety.model.transformer import Transformer
@@ -20,7 +21,7 @@ __all__ = ["app"]
 
 app = command("moiety quality", "Compare a model in several formats with itself, on held-out text.")
 FIGURES = ("perplexity", "bits_per_byte", "loss_in_bits_per_byte", "kl", "agreement")
-OWN = "as it is"
+OWN, STREAMED = "as it is", "streamed"
 
 
 @app.default
@@ -37,9 +38,12 @@ def quality(
         int, Parameter(help="tokens in a sequence; 0 takes the model's longest, at most 512")
     ] = 0,
     sequences: Annotated[int, Parameter(help="most sequences of a domain")] = 32,
+    stream: Annotated[StreamOptions, Parameter(name="*")] = StreamOptions(),
     json: Annotated[bool, Parameter(negative="", help="print the result as JSON")] = False,
 ) -> int:
     """Each figure comes with its 95 % confidence interval, whole sequences drawn again a thousand times.
+
+    With --memory a packed model is compared with itself streamed, for what --resident-bias or --skip-misses-below cost.
 
     Parameters
     ----------
@@ -52,7 +56,9 @@ def quality(
     from moiety.train.run import prepare_text
 
     rows: list[dict[str, Any]] = []
+    chosen = [] if stream.memory else [one for one in formats.split(",") if one]
     for place in (path, *([against] if against else [])):
+        streamed = open_model(place, stream=stream, say=talk().print).model if stream.memory else None
         opened = open_model(place)
         with tempfile.TemporaryDirectory(prefix="moiety-") as folder:
             text = prepare_text(Path(folder), texts, vocab_size=0, tokenizer=opened.tokenizer)
@@ -64,7 +70,7 @@ def quality(
                 for domain in text.data.domains
                 for piece in text.data.evaluation(domain, B=batch, S=wanted, limit=sequences)
             ]
-            rows += _rows(place, opened.model, [one for one in formats.split(",") if one], batches)
+            rows += _rows(place, opened.model, chosen, batches, streamed)
     if json:
         print_json(rows)
         return 0
@@ -96,7 +102,10 @@ def _print(rows: list[dict[str, Any]]) -> None:
     print_table("against the model as it is; in brackets 95 % intervals", columns, cells)
 
 
-def _rows(place: str, model: Transformer, formats: list[str], batches: list[Batch]) -> list[dict[str, Any]]:
+def _rows(
+    place: str, model: Transformer, formats: list[str], batches: list[Batch], streamed: Transformer | None
+) -> list[dict[str, Any]]:
+    from moiety.infer.offload import store_of
     from moiety.quant.quantize import policy_named, quantize
     from moiety.train.quality import compare
 
@@ -105,7 +114,12 @@ def _rows(place: str, model: Transformer, formats: list[str], batches: list[Batc
         models[form] = copy.deepcopy(model)
         quantize(models[form], policy_named(form))
     sizes = {name: sum(one.nbytes for one in made.state_dict().values()) for name, made in models.items()}
+    if streamed is not None:
+        models[STREAMED], sizes[STREAMED] = streamed, sizes[OWN]
     found: dict[str, Quality] = compare(model, models, batches)
+    store = None if streamed is None else store_of(streamed)
+    if store is not None:
+        talk().print(store.statistics().words)
     return [
         {"model": place, "format": name, "bytes": sizes[name]}
         | {figure: getattr(one, figure)._asdict() for figure in FIGURES}

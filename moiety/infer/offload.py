@@ -398,7 +398,7 @@ class ExpertStore:
     def guess(self, layer: int, experts: Sequence[int]) -> None:
         """These may be wanted next: have them read into spare slots while the disk has nothing else to do.
 
-        Where too few guesses came true, only now and then: the disk is late for what is wanted (see LOG.md).
+        Where too few guesses came true, only now and then: they make the disk late for what is wanted (LOG.md).
         """
         with self._calling:
             self._land()

@@ -294,8 +294,9 @@ class MoE(nn.Module):
 
     def compiled(self, x_TD: Tensor) -> cpu_routing.CompiledRouter | None:
         """The router for the compiled kernel, beside packed experts; None where it would decide otherwise."""
-        packed = isinstance(self.experts, PackedExperts | MixedExperts | StreamedExperts)
-        packed = packed and bool(cpu.level())
+        packed = bool(cpu.level()) and isinstance(
+            self.experts, PackedExperts | MixedExperts | StreamedExperts
+        )
         if not packed or self.training or torch.is_grad_enabled() or self.capacity is not None:
             return None
         if x_TD.device.type != "cpu" or self.choices > cpu_routing.MOST_EXPERTS:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from moiety.model.transformer import Transformer
 from moiety.quant.quantize import policy_named, quantize
 from tests import gguf_models, tiny
 from tests.cli.conftest import Call
+from tests.test_storage import ROOT, small_disk
 
 
 def forms(path: Path) -> dict[str, str]:
@@ -116,3 +119,21 @@ def test_quality_of_two_models(call: Call, trained: Path, texts: list[str], tmp_
     assert already["bits_per_byte"] == int8["bits_per_byte"] and rows[("out", "int8-g32")]["kl"]["value"] == 0
     table = call(*words, "--sequences", 8, columns=160)
     assert table.code == 0 and "KL, nats/token" in table.out and "experts=int4-g32" in table.out
+
+
+def test_a_full_disk_leaves_nothing_half_written(trained: Path, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    small = small_disk(disk)  # refused before a byte is written; files that may not grow fail in the middle
+    script = '"$1" -m moiety quantize "$2" "$3/out"; echo "$?"; ls -A "$3"'
+    for limit in ([small] if small else []) + [["prlimit", f"--fsize={size}"] for size in (500, 20_000)]:
+        done = subprocess.run(
+            [*limit, "sh", "-c", script, "sh", sys.executable, trained, disk],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.stdout == "1\n", (done.stdout, done.stderr)
+        assert "cannot write" in done.stderr and "Traceback" not in done.stderr
+        assert ("No space left" if limit is small else "File too large") in done.stderr

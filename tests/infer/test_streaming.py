@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from moiety.infer.offload import store_of
 from moiety.infer.options import EngineOptions, RequestOptions, SamplingOptions, StreamOptions
 from moiety.model import checkpoint
 from moiety.model.expert_file import expert_stacks
+from moiety.model.quantized import expert_modules
 from moiety.model.tokenizer import train_tokenizer
 from moiety.model.transformer import Transformer
 from moiety.moe.streamed import StreamedExperts
@@ -224,13 +224,20 @@ MIDDLE = ModelConfig(
 )
 
 
-@pytest.fixture(scope="module")
-def middle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def write_middle(folder: Path) -> Path:
     """A packed model with 170 MB of experts and a tokenizer."""
-    folder = tmp_path_factory.mktemp("middle") / "model"
     model = packed_model(MIDDLE, "int4-g32")
+    for layer, module in enumerate(expert_modules(model).values()):
+        for part in module.pair:  # its experts are all the same: make them differ
+            for expert, tiles in enumerate(part.tiles):
+                tiles.copy_(tiles.roll((expert // 16 + layer, expert), dims=(0, 1)))
     checkpoint.save(model, folder, tokenizer=train_tokenizer(["one two three two one"], 300))
-    yield folder
+    return folder
+
+
+@pytest.fixture(scope="module")
+def middle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_middle(tmp_path_factory.mktemp("middle") / "model")
 
 
 RUN = """
