@@ -11,6 +11,7 @@ from moiety.cli.output import command, print_json, talk
 from moiety.config import Architecture, ModelConfig
 from moiety.errors import UsageError
 from moiety.plan.options import PlanOptions
+from moiety.plan.replay import ReplayOptions
 
 __all__ = ["app"]
 
@@ -29,6 +30,7 @@ def plan(
     quick: Annotated[bool, Parameter(negative="", help="measure less, in a quarter of a minute")] = False,
     disk: Annotated[str, Parameter(help="folder on the disk to measure; '' is the one you are in")] = "",
     profile: Annotated[str, Parameter(help="file of the profile; '' is that of this machine")] = "",
+    replayed: Annotated[ReplayOptions, Parameter(name="*")] = ReplayOptions(),
     json: Annotated[bool, Parameter(negative="", help="print JSON")] = False,
     plot: Annotated[str, Parameter(help="write a page with the plan's curves to this .html")] = "",
 ) -> int:
@@ -39,7 +41,7 @@ def plan(
     name
         A name that `moiety models` lists, a folder or config.json, a .gguf file, or owner/name on the hub.
     """
-    from moiety.plan.profile import default_path, read_profile
+    from moiety.plan.profile import default_path
 
     place = Path(profile) if profile else default_path()
     if measure:
@@ -48,6 +50,8 @@ def plan(
                 "--measure measures this machine: no model and no plot", hint="moiety plan --measure"
             )
         return _measure(place, Path(disk or "."), quick, json)
+    if replayed.trace:
+        return _replay(name, replayed, wanted, _known(wanted, profile), json=json, plot=plot)
     if not name or quick or disk:
         raise UsageError(
             "a model to plan for is wanted" if not name else "--quick and --disk go with --measure",
@@ -57,7 +61,7 @@ def plan(
     from moiety.cli.named import config_named
     from moiety.plan.plan import make_plan
 
-    known = read_profile(place) if wanted.device == "cpu" and (profile or place.is_file()) else None
+    known = _known(wanted, profile)
     config = config_named(name)
     other = config_named(wanted.against) if wanted.against else None
     stored = None if wanted.format else _stored(name, config)
@@ -72,6 +76,31 @@ def plan(
     else:
         planned.show(found, wanted)
     return 0
+
+
+def _known(wanted: PlanOptions, profile: str) -> Any:
+    """This machine's figures, if it is what is planned for and was measured."""
+    from moiety.plan.profile import default_path, read_profile
+
+    place = Path(profile) if profile else default_path()
+    return read_profile(place) if wanted.device == "cpu" and (profile or place.is_file()) else None
+
+
+def _replay(
+    name: str, options: ReplayOptions, wanted: PlanOptions, profile: Any, *, json: bool, plot: str
+) -> int:
+    """Of a model that is named, the sizes count instead of the trace's."""
+    from moiety.cli import replayed
+    from moiety.cli.named import config_named
+    from moiety.plan.weights import stored_as
+
+    stored = None
+    if name:
+        config = config_named(name)
+        stored = None if wanted.format else _stored(name, config)
+        if stored is None and isinstance(config, ModelConfig):
+            stored = stored_as(config, wanted.format or "int4-g32")
+    return replayed.run(options, wanted, profile=profile, stored=stored, json=json, plot=plot)
 
 
 def _stored(name: str, config: Architecture) -> Any:

@@ -33,6 +33,7 @@ from moiety.infer.stops import AnswerText
 from moiety.model.paged import PagePool
 from moiety.model.tokenizer import TextStream, Tokenizer
 from moiety.model.transformer import Transformer
+from moiety.observe.record import Recorder
 
 __all__ = ["Engine", "Event", "Handle", "Result", "Statistics", "check_model", "page_count"]
 
@@ -244,6 +245,7 @@ class Engine:
         tokenizer: For prompts and answers as text, and for where an answer ends; None works on tokens alone.
         ends: Tokens that end an answer; None is the tokenizer's.
         options: Memory, steps and limits.
+        recorder: Takes the routing of every step.
 
     Raises:
         ConfigError: options that do not fit the model, or a model that cannot be batched.
@@ -257,6 +259,7 @@ class Engine:
         *,
         ends: frozenset[int] | None = None,
         options: EngineOptions | None = None,
+        recorder: Recorder | None = None,
     ) -> None:
         check_model(model)
         self.options = options = EngineOptions() if options is None else options
@@ -264,7 +267,7 @@ class Engine:
         count, self.max_positions = page_count(model.config, options, dtype)
         self._tokenizer, self._vocabulary = tokenizer, model.config.vocab_size
         self._ends = ends if ends is not None else frozenset({tokenizer.end_id} if tokenizer else ())
-        self._runner = Runner(model, count, options.page_tokens, dtype)
+        self._runner = Runner(model, count, options.page_tokens, dtype, recorder)
         self._drafter = Drafter(model.config, options.draft) if options.draft else None
         self._scheduler = Scheduler(
             Pages(count, options.page_tokens, prefix_cache=options.prefix_cache),

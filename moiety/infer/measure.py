@@ -31,6 +31,7 @@ from moiety.model.slots import packed_matrices
 from moiety.model.transformer import Block, Transformer
 from moiety.moe.layer import MoE
 from moiety.moe.packed import MixedExperts
+from moiety.observe.record import Recorder
 
 __all__ = [
     "Decoding",
@@ -183,7 +184,15 @@ def prefill_operations(model: Transformer, tokens: int) -> int:
     return tokens * once.total - (tokens - 1) * once.components["head"]
 
 
-def _engine(model: Transformer, sequences: int, prompt: int, tokens: int, kv_dtype: str, step: int) -> Engine:
+def _engine(
+    model: Transformer,
+    sequences: int,
+    prompt: int,
+    tokens: int,
+    kv_dtype: str,
+    step: int,
+    recorder: Recorder | None = None,
+) -> Engine:
     """An engine in which so many sequences have room at the same time."""
     longest, most = prompt + tokens - 1, model.config.max_positions
     if sequences > 1:  # a prompt is let in when every sequence that runs has a page in reserve
@@ -197,6 +206,7 @@ def _engine(model: Transformer, sequences: int, prompt: int, tokens: int, kv_dty
     page_bytes = PagePool(model.config, 1, 16, dtype=Engine.kv_dtype(model, small)).page_bytes
     return Engine(
         model,
+        recorder=recorder,
         options=EngineOptions(
             kv_bytes=sequences * -(-longest // 16) * page_bytes,
             kv_dtype=kv_dtype,
@@ -237,6 +247,7 @@ def decoding(
     tokens: int = 32,
     kv_dtype: str = "auto",
     memory: Tensor | None = None,
+    recorder: Recorder | None = None,
 ) -> Decoding:
     """Let sequences of random tokens go on together, greedily, after a short round that does not count.
 
@@ -247,13 +258,14 @@ def decoding(
         tokens: That each draws, at least two.
         kv_dtype: Of `EngineOptions`.
         memory: To read for the limit, larger than caches; None makes some.
+        recorder: Takes the routing of every step, those of the short round too.
 
     Raises:
         UsageError: more tokens than the model has positions.
         MoietyError: logits that are not finite.
     """
     assert tokens >= 2, tokens
-    engine = _engine(model, sequences, prompt, tokens, kv_dtype, sequences * prompt)
+    engine = _engine(model, sequences, prompt, tokens, kv_dtype, sequences * prompt, recorder)
     _run(engine, _answered(engine, model, sequences, prompt, 2))
     rate = read_rate(torch.ones(BUFFER_BYTES, dtype=torch.uint8) if memory is None else memory)
     handles = _answered(engine, model, sequences, prompt, tokens)
@@ -283,14 +295,21 @@ def decoding(
     )
 
 
-def prefill(model: Transformer, tokens: int, *, kv_dtype: str = "auto", repeats: int = 3) -> Prefill:
+def prefill(
+    model: Transformer,
+    tokens: int,
+    *,
+    kv_dtype: str = "auto",
+    repeats: int = 3,
+    recorder: Recorder | None = None,
+) -> Prefill:
     """The median of some random prompts, one after the other, in the steps that an engine makes of them.
 
     Raises:
         UsageError: more tokens than the model has positions.
         MoietyError: logits that are not finite.
     """
-    engine = _engine(model, 1, tokens, 1, kv_dtype, EngineOptions().step_tokens)
+    engine = _engine(model, 1, tokens, 1, kv_dtype, EngineOptions().step_tokens, recorder)
     seconds = []
     for _ in range(repeats + 1):
         handles = _answered(engine, model, 1, tokens, 1)
@@ -331,13 +350,19 @@ def knee(rows: Sequence[Decoding]) -> Knee | None:
     return Knee(here.sequences, f"{change}: {here.sequences} is {end}")
 
 
-def run(model: Transformer, options: BenchOptions, say: Callable[[str], object]) -> Report:
+def run(
+    model: Transformer,
+    options: BenchOptions,
+    say: Callable[[str], object],
+    recorder: Recorder | None = None,
+) -> Report:
     """Measure prompts, then batches.
 
     Args:
         model: In evaluation mode.
         options: Which.
         say: Called with a line before each.
+        recorder: Takes the routing of every step.
 
     Raises:
         UsageError, MoietyError, ConfigError: as of `decoding` and of the engine.
@@ -345,12 +370,12 @@ def run(model: Transformer, options: BenchOptions, say: Callable[[str], object])
     prompts, rows = [], []
     for length in sorted({min(length, model.config.max_positions) for length in options.lengths}):
         say(f"a prompt of {length} tokens")
-        prompts.append(prefill(model, length, kv_dtype=options.kv_dtype))
+        prompts.append(prefill(model, length, kv_dtype=options.kv_dtype, recorder=recorder))
     memory = torch.ones(BUFFER_BYTES, dtype=torch.uint8)
     how = {"prompt": options.prompt, "tokens": options.tokens}
     for size in options.sizes:
         say(f"{size} sequences")
-        rows.append(decoding(model, size, **how, kv_dtype=options.kv_dtype, memory=memory))
+        rows.append(decoding(model, size, **how, kv_dtype=options.kv_dtype, memory=memory, recorder=recorder))
     return Report(prompts, rows, knee(rows))
 
 

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Literal
 
 from moiety.config import check_types, option, require
 from moiety.errors import ConfigError
 
-__all__ = ["BenchOptions", "EngineOptions", "RequestOptions", "SamplingOptions", "biases_named"]
+__all__ = [
+    "BenchOptions",
+    "EngineOptions",
+    "RecordOptions",
+    "RequestOptions",
+    "SamplingOptions",
+    "biases_named",
+]
 
 KV_DTYPES = ("auto", "fp32", "bf16")
 MOST_BIASES, MOST_STOPS, LONGEST_STOP, MOST_LOGPROBS = 1024, 64, 1024, 100
@@ -129,6 +137,28 @@ class EngineOptions:
             self.step_tokens >= self.max_requests,
             f"step_tokens is {self.step_tokens}, max_requests is {self.max_requests}",
             "every request takes at least one token of a step: raise step_tokens or lower max_requests",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordOptions:
+    """What to keep of a run's routing."""
+
+    record: str = option("", help="write the routing of this run to this file; '' writes none")
+    record_level: Literal["counts", "choices", "scores"] = option(
+        "choices", help="counts of each expert, choices of each token, or scores too: weights and all scores"
+    )
+    record_sample: int = option(1, help="keep one stretch of about a thousand tokens in so many")
+    record_bytes: int = option(1 << 30, help="largest file; what comes after is dropped, and counted")
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        for name in ("record_sample", "record_bytes"):
+            require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be positive")
+        require(
+            bool(self.record) or all(getattr(self, one.name) == one.default for one in fields(self)),
+            "there are options of a record, and no file for it",
+            "add --record FILE",
         )
 
 
