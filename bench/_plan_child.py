@@ -18,7 +18,7 @@ from moiety.config import AttentionConfig, ModelConfig, MoEConfig
 from moiety.infer.measure import decoding, prefill
 from moiety.model.transformer import Transformer
 from moiety.plan.weights import PLAIN
-from moiety.train.host import peak_memory_bytes
+from moiety.train.host import give_back_freed_memory, peak_memory_bytes
 
 TOKENS = 32
 SMALL = ModelConfig(
@@ -55,6 +55,7 @@ def model_of(config: ModelConfig, form: str) -> Transformer:
 def main() -> None:
     """Run everything, and say what came of it."""
     shape, layers, form, batches, prompt = sys.argv[1:]
+    give_back_freed_memory()
     model = model_of(config_of(shape, int(layers)), form)
     torch.set_grad_enabled(False)
     ctypes.CDLL(None).malloc_trim(0)  # what making the model has freed

@@ -17,11 +17,11 @@ from _harness import Row, arguments, finish
 from _plan_child import TOKENS, config_of
 
 from moiety.infer import limits
-from moiety.plan import estimate, speed, verdict
+from moiety.plan import verdict
 from moiety.plan.hardware import Band
 from moiety.plan.plan import here
 from moiety.plan.profile import Profile
-from moiety.plan.speed import Machine, Setting
+from moiety.plan.speed import Machine
 from moiety.plan.weights import PLAIN, stored_as
 from moiety.quant.pretend import packed_model
 
@@ -51,31 +51,14 @@ def planned(profile: Profile, shape: str, layers: int, form: str) -> dict[str, t
     config = config_of(shape, layers)
     machine = Machine(device=here(profile), profile=profile)
     stored = stored_as(config, form, kept=form if form in PLAIN else "fp32")
-    dtype = "bf16" if form == "bf16" else "fp32"
-    sizes = [
-        estimate.memory(
-            config,
-            stored,
-            machine.device,
-            context=context,
-            batch=batch,
-            kv_dtype=dtype,
-            ours=True,
-            profile=profile,
-        ).total
-        for context, batch in ((CHILD_PROMPT + TOKENS, BATCHES[-1]), (PROMPT, 1))
-    ]
-    share = verdict.MEMORY_BAND
-    found = {"memory": (Band((1 - share) * max(sizes), (1 + share) * max(sizes)), "bytes")}
-    for batch in BATCHES:
-        setting = Setting(batch=batch, context=CHILD_PROMPT + TOKENS // 2, kv_dtype=dtype)
-        found[f"decode, batch {batch}"] = (
-            speed.decode(config, stored, machine, setting).tokens_per_s,
-            "tokens/s",
-        )
-    prompt = speed.prefill(config, stored, machine, Setting(kv_dtype=dtype), PROMPT)
-    found[f"prefill {PROMPT}"] = (prompt.tokens_per_s, "tokens/s")
-    return found
+    return verdict.expected(
+        config,
+        stored,
+        machine,
+        batches=dict.fromkeys(BATCHES, CHILD_PROMPT + TOKENS),
+        prompts=(PROMPT,),
+        kv_dtype="bf16" if form == "bf16" else "fp32",
+    )
 
 
 def measured(shape: str, layers: int, form: str) -> dict[str, float]:

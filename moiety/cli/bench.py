@@ -6,13 +6,18 @@ import shutil
 import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
+from moiety.cli import judged
 from moiety.cli.output import command, print_json, print_table, talk
 from moiety.errors import UsageError
 from moiety.infer.options import BenchOptions, RecordOptions, StreamOptions
+
+if TYPE_CHECKING:
+    from moiety.config import ModelConfig
+    from moiety.infer.measure import Report
 
 __all__ = ["app"]
 
@@ -55,6 +60,7 @@ def bench(
     stream: Annotated[StreamOptions, Parameter(name="*")] = StreamOptions(),
     record: Annotated[RecordOptions, Parameter(name="*")] = RecordOptions(),
     keep_blocks: Annotated[bool, Parameter(help="multiply Q4_0, Q8_0, mxfp4 ... blocks as stored")] = True,
+    plan: Annotated[bool, Parameter(negative="", help="say what was planned beside it")] = False,
     json: Annotated[bool, Parameter(negative="", help="print JSON")] = False,
 ) -> int:
     """Prompts are random tokens. `docs/engine.md` says what each figure is.
@@ -72,6 +78,8 @@ def bench(
         raise UsageError("one of a path and --shape is wanted", hint=hint)
     if shape and stream.memory:
         raise UsageError("a shape's weights are in no file to stream", hint="give a packed model's folder")
+    if plan:
+        judged.begin()
     if shape:
         model = pretend.packed_model(pretend.shape_named(shape, layers), format)
     else:
@@ -83,6 +91,8 @@ def bench(
     store = offload.store_of(model)
     if store is not None:
         talk().print(store.statistics().words)
+    if plan:
+        _judge(path, shape, format, model.config, measured, found)
     if json:
         rows = {name: [asdict(one) for one in getattr(found, name)] for name in ("prefill", "decode")}
         print_json({"model": path or shape, **rows, "knee": found.knee and found.knee._asdict()})
@@ -98,6 +108,23 @@ def bench(
     if found.knee is not None:
         print(textwrap.fill(found.knee.words, shutil.get_terminal_size().columns))
     return 0
+
+
+def _judge(
+    path: str, shape: str, format: str, config: ModelConfig, options: BenchOptions, found: Report
+) -> None:
+    """The run against its plan; memory is left out, because measuring itself takes some."""
+    from moiety.infer.open import find_checkpoint
+    from moiety.plan.weights import read_stored, stored_as
+
+    stored = stored_as(config, format, kept="fp32") if shape else read_stored(find_checkpoint(path), config)
+    rates = {f"decode, batch {one.sequences}": one.tokens_per_s for one in found.decode}
+    rates |= {f"prefill {one.tokens}": one.tokens_per_s for one in found.prefill}
+    batches = dict.fromkeys((one.sequences for one in found.decode), options.prompt + options.tokens)
+    prompts = [one.tokens for one in found.prefill]
+    if rates:
+        how = {"batches": batches, "prompts": prompts, "kv_dtype": options.kv_dtype}
+        judged.judge_run(path or shape, config, stored, rates, **how)  # type: ignore[arg-type]
 
 
 def _cell(value: float | None, by: float, how: str) -> str:

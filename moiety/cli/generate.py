@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
+from moiety.cli import judged
 from moiety.cli.output import command, print_json, talk
 from moiety.cli.own import import_own_routers
 from moiety.errors import UsageError
@@ -49,6 +50,7 @@ def generate(
     plain: Annotated[
         bool, Parameter(negative="", help="one token after the other, without the engine")
     ] = False,
+    plan: Annotated[bool, Parameter(negative="", help="say what was planned beside it")] = False,
     router: Annotated[str, Parameter(help="import this module:Class, which the model's config names")] = "",
     json: Annotated[bool, Parameter(negative="", help="print JSON")] = False,
 ) -> int:
@@ -71,17 +73,22 @@ def generate(
             + (", and --plain gives one" if plain else ""),
             hint="n is at least 1; --plain takes one prompt, no --stop and no option of the engine",
         )
+    if plan and (plain or len(asked) > 1):
+        raise UsageError("--plan judges one answer of the engine", hint="one prompt, without --plain and --n")
+    if plan:
+        judged.begin()
     bias = biases_named(logit_bias)
     request = RequestOptions(sampling=sampling, max_tokens=max_tokens, stop=stop, logit_bias=bias)
     import_own_routers(router)
     say = talk().print
-    how: dict[str, Any] = {"backend": backend, "experts_per_token": experts_per_token, "say": say}
-    opened = open_model(path, stream=stream, engine=engine, **how)
+    loading: dict[str, Any] = {"backend": backend, "experts_per_token": experts_per_token, "say": say}
+    opened = open_model(path, stream=stream, engine=engine, **loading)
     with recording(opened.model, record, name=path, source="moiety generate", say=say) as recorder:
-        begun = time.perf_counter()
+        begun, times_s = time.perf_counter(), list[float]()
         if len(asked) == 1:
-            one = (opened, asked[0], request, recorder)
-            answers = [_shown(asked[0], _plain(*one) if plain else _streamed(*one, engine), silent=json)]
+            how = (opened, asked[0], request, recorder)
+            pieces = _plain(*how) if plain else _streamed(*how, engine)
+            answers = [_shown(asked[0], pieces, silent=json, times_s=times_s)]
         else:
             answers = _several(opened, asked, n, request, engine, recorder)
         seconds = time.perf_counter() - begun
@@ -91,7 +98,27 @@ def generate(
     elif len(answers) > 1:
         print("\n".join(f"[{number}] {answer['text']}" for number, answer in enumerate(answers, start=1)))
     say(f"{drawn} tokens, {drawn / seconds:.1f} tokens/s{_streaming(opened)}")
+    if plan:
+        _judge(opened, len(_ids(opened, asked[0])), begun, times_s, engine)
     return 0
+
+
+def _judge(
+    opened: Opened, prompt: int, begun: float, times_s: Sequence[float], options: EngineOptions
+) -> None:
+    """The answer against its plan."""
+    from moiety.plan.weights import read_stored
+    from moiety.train.host import peak_memory_bytes
+
+    config, drawn = opened.model.config, len(times_s)
+    measured = {"memory": float(peak_memory_bytes())}
+    if drawn:
+        measured[f"prefill {prompt}"] = prompt / (times_s[0] - begun)
+    if drawn > 1:
+        measured["decode, batch 1"] = (drawn - 1) / (times_s[-1] - times_s[0])
+    stored = read_stored(opened.path, config)
+    how = {"batches": {1: prompt + drawn}, "prompts": [prompt], "kv_dtype": options.kv_dtype, "mapped": True}
+    judged.judge_run(str(opened.path), config, stored, measured, **how)  # type: ignore[arg-type]
 
 
 def _streaming(opened: Opened) -> str:
@@ -141,10 +168,14 @@ def _streamed(
         yield drawn, event.text
 
 
-def _shown(prompt: str, pieces: Iterator[tuple[int, str]], *, silent: bool) -> dict[str, Any]:
-    """What was answered, written out as it came."""
+def _shown(
+    prompt: str, pieces: Iterator[tuple[int, str]], *, silent: bool, times_s: list[float]
+) -> dict[str, Any]:
+    """What was answered, written out as it came; `times_s` gets when each token did."""
     text, tokens = "", 0
     for drawn, piece in pieces:
+        if drawn > tokens:
+            times_s.append(time.perf_counter())
         text, tokens = text + piece, drawn
         if not silent:
             sys.stdout.write(piece)

@@ -360,22 +360,14 @@ def measure(make: Make, folder: Path, say: Say, *, quick: bool = False) -> Profi
     for form in QUICK_FORMATS if quick else FORMATS:
         say(f"kernels of {form}")
         experts[form], linear[form] = expert_seconds(make, form, seconds), linear_seconds(make, form, seconds)
-    say("steps")
+    say("steps and attention")
     overhead = {
         "packed": _overhead(probes, linear["int4-g32"], linear.get("int8-g32", linear["int4-g32"])),
         "plain": _overhead(plain, linear["fp32"], linear["fp32"]),
     }
-    say("attention")
-    attention = _attention(probes)
     return Profile(
         version=VERSION,
-        machine={
-            "processor": platform.processor() or platform.machine(),
-            "system": platform.platform(),
-            "kernels": cpu.level(),
-            "torch": torch.__version__,
-            "cores": str(os.cpu_count()),
-        },
+        machine=_machine(),
         measured=datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),
         threads=torch.get_num_threads(),
         memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
@@ -386,5 +378,15 @@ def measure(make: Make, folder: Path, say: Say, *, quick: bool = False) -> Profi
         experts=experts,
         linear=linear,
         overhead=overhead,
-        attention=attention,
+        attention=_attention(probes),
     )
+
+
+def _machine() -> dict[str, str]:
+    return {
+        "processor": platform.processor() or platform.machine(),
+        "system": platform.platform(),
+        "kernels": cpu.level(),
+        "torch": torch.__version__,
+        "cores": str(os.cpu_count()),
+    }

@@ -31,9 +31,9 @@ __all__ = [
 
 KV_BYTES: Mapping[str, float] = {"fp32": 4, "bf16": 2, "fp8": 1}
 PAGE_TOKENS = 16
-# glibc gives freed pieces back at once only from 32 MiB on; smaller ones stay, and leave holes too small for the next:
-# 1.5 (few layers) to 4 times (24 layers) what is in use was seen.
-MAPPED_BYTES, ALLOCATOR = 32 << 20, 2.5
+# Code and small pieces that come when a process first computes; of weights that are not packed oneDNN keeps a kernel
+# for each number of rows that an expert ever had.
+GROWTH_BYTES, PLAIN_GROWTH_BYTES = 8 << 20, 64 << 20
 STEP_TOKENS = 512  # of a prompt that go through the model at once, as `EngineOptions` has it
 # Bytes for each parameter while it is trained: weight and gradient, a float32 copy where these are 16 bits wide, and
 # AdamW's two moments in float32.
@@ -121,14 +121,6 @@ def activations(
     return {name: count * bytes_per_value for name, count in numbers.items()}
 
 
-def _held(config: ModelConfig, tokens: int, sequences: int) -> int:
-    """The same in our engine, with what the allocator keeps: see `ALLOCATOR`."""
-    sizes = activations(config, tokens, sequences, copies=1)
-    experts = sizes.pop("hidden") + sizes.pop("dispatch")
-    kept = sum(sizes.values()) + (experts if experts < MAPPED_BYTES else 0)
-    return round(ALLOCATOR * kept) + (experts if experts >= MAPPED_BYTES else 0)
-
-
 def memory(
     config: ModelConfig,
     stored: Stored,
@@ -152,7 +144,7 @@ def memory(
         batch: Sequences at a time.
         kv_dtype: Of keys and values.
         resident: Share of the routed experts that is in memory.
-        ours: In our engine: pages as of `kv_bytes`, and what its allocator keeps.
+        ours: In our engine: pages as of `kv_bytes`, and rows that are dispatched without a copy.
         profile: Measured figures of it; None assumes.
         devices: On each of which a process takes that.
     """
@@ -160,10 +152,11 @@ def memory(
     runtime = KINDS[device.kind].runtime_bytes
     if profile is not None:
         runtime = profile.process_bytes["plain" if stored.is_plain else "packed"]
+    growth = PLAIN_GROWTH_BYTES if stored.is_plain else GROWTH_BYTES
     return Memory(
         weights=stored.size_bytes - round((1 - resident) * stored.expert_bytes),
         kv=kv_bytes(config, context, kv_dtype, batch=batch, paged=ours),
-        activations=_held(config, step, batch) if ours else sum(activations(config, step, batch).values()),
+        activations=sum(activations(config, step, batch, copies=2 - ours).values()) + ours * growth,
         runtime=round(runtime) * devices,
     )
 

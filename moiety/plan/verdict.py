@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from moiety.config import ModelConfig
+from moiety.plan import estimate, speed
 from moiety.plan.hardware import Band
+from moiety.plan.speed import Machine, Setting
+from moiety.plan.weights import Stored
 
-__all__ = ["MEMORY_BAND", "Verdict", "entry", "judge", "sentence", "share_inside"]
+__all__ = ["MEMORY_BAND", "Verdict", "entry", "expected", "judge", "sentence", "share_inside"]
 
 MEMORY_BAND = 0.05  # memory is planned as one figure, and held to be right within this share of it
 
@@ -31,6 +35,60 @@ class Verdict(NamedTuple):
     def inside(self) -> bool:
         """The band held it."""
         return self.planned.low <= self.measured <= self.planned.high
+
+
+def expected(
+    config: ModelConfig,
+    stored: Stored,
+    machine: Machine,
+    *,
+    batches: Mapping[int, int],
+    prompts: Sequence[int],
+    kv_dtype: str,
+    resident: float = 1.0,
+    mapped: bool = False,
+) -> dict[str, tuple[Band, str]]:
+    """What a plan says of a run of our engine: bands and units by name.
+
+    Args:
+        config: The model's.
+        stored: Its weights.
+        machine: This one.
+        batches: Sequences that draw together, and the tokens that each has at its end.
+        prompts: Lengths of prompts read alone.
+        kv_dtype: Of keys and values.
+        resident: Share of the experts in memory; below 1 also the hit rate and the bytes read for a token are planned,
+            both at least as good as for uniform routing.
+        mapped: Weights come from a mapped file: experts that no token chose are not resident.
+    """
+    found: dict[str, tuple[Band, str]] = {}
+    sizes = []
+    for batch, context in batches.items():
+        setting = Setting(batch=batch, context=context, kv_dtype=kv_dtype, resident=resident)
+        step = speed.decode(config, stored, machine, setting)
+        found[f"decode, batch {batch}"] = (step.tokens_per_s, "tokens/s")
+        sizes.append((context, batch))
+        if resident < 1:
+            found["hit rate"] = (Band(0.95 * resident, 1.0), "")
+            found["disk"] = (Band(0.0, 1.05 * step.missed_bytes / batch), "bytes a token")
+    for length in prompts:
+        setting = Setting(kv_dtype=kv_dtype, resident=resident)
+        prompt = speed.prefill(config, stored, machine, setting, length)
+        found[f"prefill {length}"] = (prompt.tokens_per_s, "tokens/s")
+        sizes.append((length, 1))
+    how: dict[str, Any] = {
+        "kv_dtype": kv_dtype,
+        "resident": resident,
+        "ours": True,
+        "profile": machine.profile,
+    }
+    total = max(
+        estimate.memory(config, stored, machine.device, context=context, batch=batch, **how).total
+        for context, batch in sizes
+    )
+    unused = mapped * stored.expert_bytes * (1 - speed.distinct_share(config, 1))
+    found["memory"] = (Band((1 - MEMORY_BAND) * (total - unused), (1 + MEMORY_BAND) * total), "bytes")
+    return found
 
 
 def judge(planned: Mapping[str, tuple[Band, str]], measured: Mapping[str, float]) -> list[Verdict]:

@@ -11,9 +11,16 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["cpu_features", "cpu_name", "host_line", "keep_freed_memory", "peak_memory_bytes"]
+__all__ = [
+    "cpu_features",
+    "cpu_name",
+    "give_back_freed_memory",
+    "host_line",
+    "keep_freed_memory",
+    "peak_memory_bytes",
+]
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # from malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # from malloc.h
 FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
 
 
@@ -31,6 +38,22 @@ def keep_freed_memory() -> bool:
         return False
     libc = ctypes.CDLL(None)
     return bool(libc.mallopt(M_MMAP_MAX, 0)) and bool(libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
+
+
+def give_back_freed_memory() -> bool:
+    """Let this process give every freed piece of 1 MiB and more back to the system at once.
+
+    By default glibc raises that border to 32 MiB, and what a step of inference has freed stays, with holes in which the
+    next piece does not fit: resident memory then differs from run to run by up to some hundred MB. With the fixed
+    border it is what is in use. A prompt's step takes longer, because the kernel clears new pages (`docs/planning.md`).
+
+    Returns:
+        True if it took effect: with glibc only.
+    """
+    if sys.platform != "linux" or platform.libc_ver()[0] != "glibc":
+        return False
+    libc = ctypes.CDLL(None)
+    return bool(libc.mallopt(M_MMAP_THRESHOLD, 1 << 20)) and bool(libc.mallopt(M_TRIM_THRESHOLD, 1 << 24))
 
 
 def peak_memory_bytes() -> int:
