@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
@@ -67,31 +67,23 @@ def generate(
     from moiety.infer.recording import recording
 
     asked = [prompt for prompt in prompts or ("",) for _ in range(n)]
-    if n < 1 or (plain and (len(asked) > 1 or stop or engine != EngineOptions())):
-        raise UsageError(
-            f"n is {n}, there are {len(asked)} answers to give"
-            + (", and --plain gives one" if plain else ""),
-            hint="n is at least 1; --plain takes one prompt, no --stop and no option of the engine",
-        )
-    if plan and (plain or len(asked) > 1):
-        raise UsageError("--plan judges one answer of the engine", hint="one prompt, without --plain and --n")
+    _check(n, len(asked), plain=plain, by_engine=bool(stop) or engine != EngineOptions(), plan=plan)
     if plan:
         judged.begin()
     bias = biases_named(logit_bias)
     request = RequestOptions(sampling=sampling, max_tokens=max_tokens, stop=stop, logit_bias=bias)
     import_own_routers(router)
-    say = talk().print
-    loading: dict[str, Any] = {"backend": backend, "experts_per_token": experts_per_token, "say": say}
-    opened = open_model(path, stream=stream, engine=engine, **loading)
+    say, loading = talk().print, {"stream": stream, "engine": engine, "experts_per_token": experts_per_token}
+    opened = open_model(path, backend=backend, say=say, **loading)  # type: ignore[arg-type]
     with recording(opened.model, record, name=path, source="moiety generate", say=say) as recorder:
-        begun, times_s = time.perf_counter(), list[float]()
+        watch = judged.Watch(opened.model)
         if len(asked) == 1:
             how = (opened, asked[0], request, recorder)
             pieces = _plain(*how) if plain else _streamed(*how, engine)
-            answers = [_shown(asked[0], pieces, silent=json, times_s=times_s)]
+            answers = [_shown(asked[0], pieces, silent=json, watch=watch)]
         else:
             answers = _several(opened, asked, n, request, engine, recorder)
-        seconds = time.perf_counter() - begun
+        seconds = time.perf_counter() - watch.begun
     drawn = sum(answer["tokens"] for answer in answers)
     if json:
         print_json(answers[0] | {"tokens_per_second": drawn / seconds} if len(answers) == 1 else answers)
@@ -99,26 +91,18 @@ def generate(
         print("\n".join(f"[{number}] {answer['text']}" for number, answer in enumerate(answers, start=1)))
     say(f"{drawn} tokens, {drawn / seconds:.1f} tokens/s{_streaming(opened)}")
     if plan:
-        _judge(opened, len(_ids(opened, asked[0])), begun, times_s, engine)
+        judged.judge_answer(opened, len(_ids(opened, asked[0])), watch, engine.kv_dtype)
     return 0
 
 
-def _judge(
-    opened: Opened, prompt: int, begun: float, times_s: Sequence[float], options: EngineOptions
-) -> None:
-    """The answer against its plan."""
-    from moiety.plan.weights import read_stored
-    from moiety.train.host import peak_memory_bytes
-
-    config, drawn = opened.model.config, len(times_s)
-    measured = {"memory": float(peak_memory_bytes())}
-    if drawn:
-        measured[f"prefill {prompt}"] = prompt / (times_s[0] - begun)
-    if drawn > 1:
-        measured["decode, batch 1"] = (drawn - 1) / (times_s[-1] - times_s[0])
-    stored = read_stored(opened.path, config)
-    how = {"batches": {1: prompt + drawn}, "prompts": [prompt], "kv_dtype": options.kv_dtype, "mapped": True}
-    judged.judge_run(str(opened.path), config, stored, measured, **how)  # type: ignore[arg-type]
+def _check(n: int, answers: int, *, plain: bool, by_engine: bool, plan: bool) -> None:
+    if n < 1 or (plain and (answers > 1 or by_engine)):
+        raise UsageError(
+            f"n is {n}, there are {answers} answers to give" + (", and --plain gives one" if plain else ""),
+            hint="n is at least 1; --plain takes one prompt, no --stop and no option of the engine",
+        )
+    if plan and (plain or answers > 1):
+        raise UsageError("--plan judges one answer of the engine", hint="one prompt, without --plain and --n")
 
 
 def _streaming(opened: Opened) -> str:
@@ -169,13 +153,13 @@ def _streamed(
 
 
 def _shown(
-    prompt: str, pieces: Iterator[tuple[int, str]], *, silent: bool, times_s: list[float]
+    prompt: str, pieces: Iterator[tuple[int, str]], *, silent: bool, watch: judged.Watch
 ) -> dict[str, Any]:
-    """What was answered, written out as it came; `times_s` gets when each token did."""
+    """What was answered, written out as it came."""
     text, tokens = "", 0
     for drawn, piece in pieces:
         if drawn > tokens:
-            times_s.append(time.perf_counter())
+            watch.token()
         text, tokens = text + piece, drawn
         if not silent:
             sys.stdout.write(piece)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, final
 
 from moiety.cli.output import talk
 from moiety.config import ModelConfig
@@ -13,7 +15,12 @@ from moiety.plan.speed import Machine
 from moiety.plan.verdict import entry, expected, judge, sentence
 from moiety.plan.weights import Stored
 
-__all__ = ["begin", "judge_run"]
+if TYPE_CHECKING:
+    from moiety.infer.offload import StoreStatistics
+    from moiety.infer.open import Opened
+    from moiety.model.transformer import Transformer
+
+__all__ = ["Watch", "begin", "judge_answer", "judge_run"]
 
 
 def begin() -> None:
@@ -73,3 +80,54 @@ def judge_run(
         return
     case = {"model": name, "format": stored.form, "kv_dtype": kv_dtype, "resident": resident}
     append_history(entry(case, verdicts, datetime.now(UTC).strftime("%Y-%m-%d %H:%M")), place)
+
+
+@final
+class Watch:
+    """When each token of an answer came, and what had been read from disk by then.
+
+    Args:
+        model: That answers.
+    """
+
+    def __init__(self, model: Transformer) -> None:
+        from moiety.infer.offload import store_of
+
+        self.begun, self.store = time.perf_counter(), store_of(model)
+        self.marks: list[tuple[float, StoreStatistics | None]] = []
+
+    def token(self) -> None:
+        """One more has come."""
+        self.marks.append((time.perf_counter(), self.store and self.store.statistics()))
+
+
+def judge_answer(opened: Opened, prompt: int, watch: Watch, kv_dtype: str) -> None:
+    """One answer of the engine against its plan.
+
+    Args:
+        opened: The model.
+        prompt: Tokens of the prompt.
+        watch: Told of every token.
+        kv_dtype: As of `EngineOptions`.
+    """
+    from moiety.plan.weights import read_stored
+    from moiety.train.host import peak_memory_bytes
+
+    config, drawn, store = opened.model.config, len(watch.marks), watch.store
+    measured, resident = {"memory": float(peak_memory_bytes())}, 1.0
+    if drawn:
+        measured[f"prefill {prompt}"] = prompt / (watch.marks[0][0] - watch.begun)
+    if drawn > 1:
+        (first_s, before), (last_s, after) = watch.marks[0], watch.marks[-1]
+        measured["decode, batch 1"] = (drawn - 1) / (last_s - first_s)
+        if before is not None and after is not None:
+            hits, misses = after.hits - before.hits, after.misses - before.misses
+            measured["hit rate"] = hits / max(hits + misses, 1)
+            measured["disk"] = (after.read_bytes - before.read_bytes) / (drawn - 1)
+    if store is not None:
+        resident = store.residency.slots / store.experts
+    how: dict[str, Any] = {"kv_dtype": kv_dtype, "resident": resident, "mapped": store is None}
+    stored = read_stored(opened.path, config)
+    judge_run(
+        str(opened.path), config, stored, measured, batches={1: prompt + drawn}, prompts=[prompt], **how
+    )

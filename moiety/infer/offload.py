@@ -335,6 +335,7 @@ class ExpertStore:
     ) -> None:
         self.residency, self._pieces = residency, _pieces_of(file)
         assert len(self._pieces) == residency.layers, (len(self._pieces), residency.layers)
+        self.experts = sum(map(len, self._pieces))  # of all layers
         self.slot_bytes = slot_bytes(file)
         self.slab_bytes = residency.slots * self.slot_bytes
         try:
