@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Print docs/plan-accuracy.md: what was planned and what was measured, from bench/results/plan.json.
 
-    python tools/plan_accuracy.py > docs/plan-accuracy.md
+python tools/plan_accuracy.py > docs/plan-accuracy.md
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -49,6 +51,17 @@ def test_json_has_decimal_gigabytes_by_format(call: Call) -> None:
         "router",
         "warnings",
     } <= said.json.keys()
+
+
+def test_planning_a_known_model_loads_no_torch() -> None:
+    code = (
+        "import sys; from moiety.cli import main; main(['plan', 'mixtral-8x7b', '--device', 'l4', '--json'])"
+    )
+    code += "; sys.exit(any(name in sys.modules for name in ('torch', 'numpy', 'transformers')))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == 0 and json.loads(done.stdout)["name"] == "mixtral-8x7b", done.stderr
 
 
 def test_everything_that_can_be_asked_for(call: Call) -> None:
