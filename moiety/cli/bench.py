@@ -76,8 +76,7 @@ def bench(
     if bool(path) == bool(shape):
         hint = "moiety bench --shape olmoe-1b-7b --layers 4"
         raise UsageError("one of a path and --shape is wanted", hint=hint)
-    if plan:
-        judged.begin()
+    judged.begin(plan)
     if shape:
         model = pretend.packed_model(pretend.shape_named(shape, layers), format)
     else:

@@ -65,10 +65,7 @@ def generate(
             + (", and --plain gives one" if plain else ""),
             hint="n is at least 1; --plain takes one prompt, no --stop and no option of the engine",
         )
-    if plan and (plain or len(asked) > 1):
-        raise UsageError("--plan judges one answer of the engine", hint="one prompt, without --plain and --n")
-    if plan:
-        judged.begin()
+    judged.begin(plan, allowed=len(asked) == 1 and not plain)
     bias = biases_named(logit_bias)
     request = RequestOptions(sampling=sampling, max_tokens=max_tokens, stop=stop, logit_bias=bias)
     import_own_routers(router)
@@ -77,20 +74,24 @@ def generate(
         begun, times_s = time.perf_counter(), list[float]()
         if len(asked) == 1:
             how = (opened, asked[0], request, recorder)
-            pieces = _plain(*how) if plain else _streamed(*how, engine)
-            answers = [_shown(asked[0], pieces, silent=json, times_s=times_s)]
+            answers = [_shown(asked[0], _plain(*how) if plain else _streamed(*how, engine), json, times_s)]
         else:
             answers = _several(opened, asked, n, request, engine, recorder)
         seconds = time.perf_counter() - begun
     drawn = sum(answer["tokens"] for answer in answers)
-    if json:
-        print_json(answers[0] | {"tokens_per_second": drawn / seconds} if len(answers) == 1 else answers)
-    elif len(answers) > 1:
-        print("\n".join(f"[{number}] {answer['text']}" for number, answer in enumerate(answers, start=1)))
+    _print(answers, json, drawn / seconds)
     talk().print(f"{drawn} tokens, {drawn / seconds:.1f} tokens/s")
     if plan:
         _judge(opened, len(_ids(opened, asked[0])), begun, times_s, engine)
     return 0
+
+
+def _print(answers: list[dict[str, Any]], json: bool, tokens_per_s: float) -> None:
+    """What was not written out while it came."""
+    if json:
+        print_json(answers[0] | {"tokens_per_second": tokens_per_s} if len(answers) == 1 else answers)
+    elif len(answers) > 1:
+        print("\n".join(f"[{number}] {answer['text']}" for number, answer in enumerate(answers, start=1)))
 
 
 def _judge(
@@ -151,7 +152,7 @@ def _streamed(
 
 
 def _shown(
-    prompt: str, pieces: Iterator[tuple[int, str]], *, silent: bool, times_s: list[float]
+    prompt: str, pieces: Iterator[tuple[int, str]], silent: bool, times_s: list[float]
 ) -> dict[str, Any]:
     """What was answered, written out as it came; `times_s` gets when each token did."""
     text, tokens = "", 0

@@ -296,6 +296,7 @@ def _measured(
         "layer": config.layers,
         "sequence": sequences,
         "vocabulary": sequences * config.vocab_size,
+        "token": tokens * config.layers,
         "width": tokens * config.layers * config.d_model,
     }
     fixed = Figure(0.0, 0.0, 0.0)

@@ -15,7 +15,7 @@ from moiety.infer import limits
 from moiety.plan.profile import ATTENTION, OVERHEADS, ROWS, Figure, read_profile, write_profile
 from moiety.quant.pretend import packed_model
 
-TRUE = {"step": 3e-4, "layer": 2e-5, "sequence": 5e-5, "vocabulary": 3e-10, "width": 7e-10}
+TRUE = {"step": 3e-4, "layer": 2e-5, "sequence": 5e-5, "vocabulary": 3e-10, "token": 4e-6, "width": 7e-10}
 WEIGHT_S, VALUE_S, OPERATION_S = 2e-11, 4e-10, 1e-11
 
 
@@ -38,7 +38,8 @@ class MadeUp:
         )
 
     def prompt(self, config: ModelConfig, tokens: int) -> Figure:
-        seconds = tokens * config.layers * config.d_model * TRUE["width"]
+        seconds = tokens * config.layers * (TRUE["token"] + config.d_model * TRUE["width"])
+        seconds += TRUE["step"] + config.layers * TRUE["layer"] + TRUE["sequence"]
         seconds += 32 * WEIGHT_S * cost.flops_per_token(config).total / 2 * tokens / 512
         for done in range(0, tokens, 512):
             scores = cost.flops_per_token(config, done + 256).components["attention_scores"]
@@ -53,12 +54,12 @@ def test_costs_besides_products_are_found_again() -> None:
         "64": exact(8 * WEIGHT_S),
         "512": exact(32 * WEIGHT_S),
     }
-    found = limits._overhead(MadeUp(), linear, linear)  # type: ignore[arg-type]
+    found = limits._overhead(MadeUp(), linear, linear, exact(OPERATION_S))  # type: ignore[arg-type]
     assert set(found) == set(OVERHEADS)
     # the head's products at 16 rows and the little ones of the small model are where the formula and reality part
-    for name in ("layer", "vocabulary"):
+    for name in ("layer", "vocabulary", "token", "width"):
         assert found[name].middle == pytest.approx(TRUE[name], rel=0.02), name
-    for name in ("step", "sequence", "width"):
+    for name in ("step", "sequence"):
         assert found[name].middle == pytest.approx(TRUE[name], rel=0.25), name
     attention = limits._attention(MadeUp())  # type: ignore[arg-type]
     assert set(attention) == set(ATTENTION)

@@ -22,7 +22,7 @@ def made(**changes: Any) -> Profile:
         form: {str(count): spread(seconds * factor) for count, factor in rows.items()}
         for form, seconds in WEIGHT_S.items()
     }
-    cost = {"step": 1e-4, "layer": 1e-5, "sequence": 2e-5, "vocabulary": 1e-10, "width": 1e-10}
+    cost = {"step": 1e-4, "layer": 1e-5, "sequence": 2e-5, "vocabulary": 1e-10, "token": 3e-7, "width": 1e-10}
     overhead = {name: spread(seconds) for name, seconds in cost.items()}
     profile = Profile(
         version=VERSION,

@@ -104,13 +104,13 @@ def test_a_measured_step_by_hand() -> None:
     packed = experts + rest["attention"] - 48 * 2 * 128 + rest["head"]
     seconds = packed * WEIGHT_S["int8-g32"] + rest["routers"] * WEIGHT_S["fp32"]
     seconds += 1000 * 48 * 2 * 4 * 128 * 4e-10
-    seconds += 1e-4 + 48 * 1e-5 + 2e-5 + 151_936 * 1e-10 + 48 * 2048 * 1e-10
+    seconds += 1e-4 + 48 * 1e-5 + 2e-5 + 151_936 * 1e-10 + 48 * 2048 * 1e-10 + 48 * 3e-7
     assert found.seconds.low == pytest.approx(0.75 * MARGIN.low * seconds)
     assert found.seconds.high == pytest.approx(1.25 * MARGIN.high * seconds)
     assert found.tokens_per_s.low == pytest.approx(1 / found.seconds.high)
     plain = decode(config, stored_as(config, "fp32"), machine, Setting(context=0))
     seconds = (packed + rest["routers"]) * WEIGHT_S["fp32"] + 2 * (
-        1e-4 + 48e-5 + 2e-5 + 151_936e-10 + 48 * 2048e-10
+        1e-4 + 48e-5 + 2e-5 + 151_936e-10 + 48 * 2048e-10 + 48 * 3e-7
     )
     assert plain.seconds.low == pytest.approx(0.75 * MARGIN.low * seconds), (
         "plain weights have costs of their own"
@@ -136,7 +136,7 @@ def test_a_measured_prompt_by_hand() -> None:
         seconds += 16 * 4 * 2048 * 2048 * WEIGHT_S["int4-g32"] * factor(tokens)
         seconds += counts["routers"] * WEIGHT_S["fp32"] * factor(tokens)
         seconds += tokens * 4 * 16 * 128 * 16 * (start + (tokens + 1) // 2) * 1e-11
-        seconds += 1e-4 + 16e-5 + tokens * 16 * 2048 * 1e-10
+        seconds += 1e-4 + 16e-5 + tokens * 16 * (2048 * 1e-10 + 3e-7)
     seconds += (
         counts["head"] * WEIGHT_S["int8-g32"] + 2e-5 + 50_304 * 1e-10
     )  # the last token alone is drawn after
