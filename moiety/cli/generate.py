@@ -67,9 +67,8 @@ def generate(
     from moiety.infer.recording import recording
 
     asked = [prompt for prompt in prompts or ("",) for _ in range(n)]
-    _check(n, len(asked), plain=plain, by_engine=bool(stop) or engine != EngineOptions(), plan=plan)
-    if plan:
-        judged.begin()
+    _check(n, len(asked), plain=plain, by_engine=bool(stop) or engine != EngineOptions())
+    judged.begin(plan, allowed=len(asked) == 1 and not plain)
     bias = biases_named(logit_bias)
     request = RequestOptions(sampling=sampling, max_tokens=max_tokens, stop=stop, logit_bias=bias)
     import_own_routers(router)
@@ -95,14 +94,12 @@ def generate(
     return 0
 
 
-def _check(n: int, answers: int, *, plain: bool, by_engine: bool, plan: bool) -> None:
+def _check(n: int, answers: int, *, plain: bool, by_engine: bool) -> None:
     if n < 1 or (plain and (answers > 1 or by_engine)):
         raise UsageError(
             f"n is {n}, there are {answers} answers to give" + (", and --plain gives one" if plain else ""),
             hint="n is at least 1; --plain takes one prompt, no --stop and no option of the engine",
         )
-    if plan and (plain or answers > 1):
-        raise UsageError("--plan judges one answer of the engine", hint="one prompt, without --plain and --n")
 
 
 def _streaming(opened: Opened) -> str:

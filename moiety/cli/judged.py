@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, final
 
 from moiety.cli.output import talk
 from moiety.config import ModelConfig
+from moiety.errors import UsageError
 from moiety.plan.plan import UNMEASURED, here
 from moiety.plan.profile import append_history, default_path, read_profile
 from moiety.plan.speed import Machine
@@ -23,11 +24,18 @@ if TYPE_CHECKING:
 __all__ = ["Watch", "begin", "judge_answer", "judge_run"]
 
 
-def begin() -> None:
-    """Before a model is loaded: memory that is freed goes back, so that what is resident is what is in use."""
-    from moiety.train.host import give_back_freed_memory
+def begin(plan: bool, *, allowed: bool = True) -> None:
+    """Before a model is loaded: memory that is freed goes back, so that what is resident is what is in use.
 
-    give_back_freed_memory()
+    Raises:
+        UsageError: a plan is asked for where it cannot be judged.
+    """
+    if plan and not allowed:
+        raise UsageError("--plan judges one answer of the engine", hint="one prompt, without --plain and --n")
+    if plan:
+        from moiety.train.host import give_back_freed_memory
+
+        give_back_freed_memory()
 
 
 def judge_run(

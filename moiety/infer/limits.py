@@ -6,10 +6,12 @@ besides is the difference between small models that differ in one size each, run
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 import platform
 import random
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -47,7 +49,9 @@ Say = Callable[[str], object]
 
 
 def resident_bytes() -> int:
-    """Memory that this process has resident; 0 where the system does not say."""
+    """Memory that this process has resident and uses; 0 where the system does not say."""
+    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)  # what was freed does not count
     status = Path("/proc/self/status")
     if not status.is_file():
         return 0
@@ -167,7 +171,7 @@ def _shape(**changes: object) -> ModelConfig:
         "max_positions": 4096,
     }
     sizes["attention"] = AttentionConfig(heads=2, kv_heads=2, head_dim=64)
-    sizes["moe"] = MoEConfig(experts=8, experts_per_token=2, d_ff=64)
+    sizes["moe"] = MoEConfig(experts=32, experts_per_token=8, d_ff=32)
     return ModelConfig(**{**sizes, **changes})  # type: ignore[arg-type]
 
 
@@ -274,13 +278,16 @@ def _spread(value: float, of: Figure) -> Figure:
     return of.times(max(value, 0.0) / of.low)
 
 
-def _overhead(probes: _Probes, linear: Mapping[str, Figure], head: Mapping[str, Figure]) -> dict[str, Figure]:
+def _overhead(
+    probes: _Probes, linear: Mapping[str, Figure], head: Mapping[str, Figure], operation: Figure
+) -> dict[str, Figure]:
     """What a step costs besides products: differences of the least times of steps, which others disturb least.
 
     Args:
         probes: That run them.
         linear: Seconds for each weight of matrices, as the probes' are.
         head: The same of their head's.
+        operation: Seconds of each operation of a prompt's scores.
     """
     small, deep = _shape(), _shape(layers=10)
     one, ten, many = probes.step(small), probes.step(deep), probes.step(small, batch=16)
@@ -291,13 +298,20 @@ def _overhead(probes: _Probes, linear: Mapping[str, Figure], head: Mapping[str, 
     vocabulary = (spoken.low - many.low) / 16 / words.vocab_size - 2 * head["8"].low * words.d_model / 16
     wide = _shape(d_model=WIDTH)
     read, narrow = probes.prompt(wide, 512), probes.prompt(small, 512)
-    products = linear["512"].low * cost.flops_per_token(wide).total / 2
-    width = (read.low - narrow.low - products) / (512 * wide.layers * (wide.d_model - small.d_model))
+    for_token = []
+    for prompt, shape in ((narrow, small), (read, wide)):
+        flops = cost.flops_per_token(shape, 256)
+        scores = flops.components["attention_scores"]
+        products = linear["512"].low * (flops.total - scores) / 2 + 512 * scores * operation.low
+        for_token.append((prompt.low - one.low - products) / (512 * shape.layers))
+    width = (for_token[1] - for_token[0]) / (wide.d_model - small.d_model)
+    token = for_token[0] - small.d_model * max(width, 0.0)
     return {
         "step": _spread(one.low - small.layers * layer - sequence, one),
         "layer": _spread(layer, ten),
         "sequence": _spread(sequence, many),
         "vocabulary": _spread(vocabulary, spoken),
+        "token": _spread(token, narrow),
         "width": _spread(width, read),
     }
 
@@ -361,9 +375,11 @@ def measure(make: Make, folder: Path, say: Say, *, quick: bool = False) -> Profi
         say(f"kernels of {form}")
         experts[form], linear[form] = expert_seconds(make, form, seconds), linear_seconds(make, form, seconds)
     say("steps and attention")
+    attention = _attention(probes)
+    eight, scores = linear.get("int8-g32", linear["int4-g32"]), attention["operation"]
     overhead = {
-        "packed": _overhead(probes, linear["int4-g32"], linear.get("int8-g32", linear["int4-g32"])),
-        "plain": _overhead(plain, linear["fp32"], linear["fp32"]),
+        "packed": _overhead(probes, linear["int4-g32"], eight, scores),
+        "plain": _overhead(plain, linear["fp32"], linear["fp32"], scores),
     }
     return Profile(
         version=VERSION,
@@ -378,7 +394,7 @@ def measure(make: Make, folder: Path, say: Say, *, quick: bool = False) -> Profi
         experts=experts,
         linear=linear,
         overhead=overhead,
-        attention=_attention(probes),
+        attention=attention,
     )
 
 

@@ -34,7 +34,7 @@ __all__ = [
 
 VERSION = 1
 ROWS = (1, 8, 64, 512)  # for each expert, at which kernels are timed
-OVERHEADS = ("step", "layer", "sequence", "vocabulary", "width")
+OVERHEADS = ("step", "layer", "sequence", "vocabulary", "token", "width")
 ATTENTION = ("fp32", "bf16", "operation")
 
 
@@ -71,7 +71,7 @@ class Profile:
         experts: Seconds for each weight of experts, by format and by rows for each expert.
         linear: The same for single matrices.
         overhead: By whether weights are packed or plain, seconds of a step, of a layer in a step, of a
-            sequence that draws, of each entry of its vocabulary, of each number of a token's row in a layer.
+            sequence that draws, of each entry of its vocabulary, of a token in a layer, of each number of its row.
         attention: Seconds of each value of the cache that decoding reads, fp32 and bf16, and of a prompt's operation.
     """
 

@@ -4,7 +4,7 @@ A step reads each matrix that its tokens meet once: attention, head, shared and 
 experts those that some token chose, E (1 - (1 - K/E)^tokens) of a layer if routing is uniform.
 
 Published limits (`hardware`): the longer of reading (bytes over bandwidth) and multiplying (operations over its rate),
-over the shares of the limit that programs reach. Measured ones (`profile`): the sum over all matrices of their weights
+each over the share of it that programs reach. Measured ones (`profile`): the sum over all matrices of their weights
 times the seconds that a weight of that format took at so many rows, attention by values or operations, and what steps,
 layers, sequences and tokens take besides; the spread of those measurements widened by `MARGIN`.
 
@@ -17,7 +17,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import fmean
 from typing import NamedTuple
 
@@ -222,22 +222,31 @@ def prefill(config: ModelConfig, stored: Stored, machine: Machine, setting: Sett
     )
 
 
+def _limits(works: list[_Work], kv: float, scores: float, machine: Machine) -> Band:
+    """Seconds of reading and of multiplying, if nothing else took any and all of a limit were reached."""
+    device = machine.device
+    multiplying = scores / device.flops["bf16"]
+    for one in works:
+        bits = 8 * one.size_bytes / one.numbers
+        multiplying += 2 * one.numbers * one.rows / flops_of(device, bits, one.form)
+    reading = (sum(one.size_bytes for one in works) + kv) / device.bandwidth
+    return Band(reading / machine.count, multiplying / machine.count)
+
+
 def _published(
     config: ModelConfig, works: list[_Work], kv: float, scores: float, machine: Machine, tokens: int
 ) -> _Times:
-    kind, device = KINDS[machine.device.kind], machine.device
-    reading = (sum(one.size_bytes for one in works) + kv) / device.bandwidth / machine.count
-    multiplying = scores / device.flops["bf16"] / machine.count
-    for one in works:
-        bits = 8 * one.size_bytes / one.numbers
-        multiplying += 2 * one.numbers * one.rows / flops_of(device, bits, one.form) / machine.count
-    shares = kind.prefill if multiplying > reading else kind.decode
-    longer = max(reading, multiplying)
-    limit = COMPUTE if multiplying > reading else MEMORY
-    seconds = Band(longer / shares.high, longer / shares.low)
+    kind = KINDS[machine.device.kind]
+    reading, multiplying = _limits(works, kv, scores, machine)
+    ends = [
+        (reading / kind.decode.high, multiplying / kind.prefill.high),
+        (reading / kind.decode.low, multiplying / kind.prefill.low),
+    ]
+    seconds = Band(*(max(end) for end in ends))
+    limit = COMPUTE if sum(end[1] for end in ends) > sum(end[0] for end in ends) else MEMORY
     if machine.count > 1:
         exchanges = 2 * config.layers
-        moved = 2 * tokens * config.d_model * 2 / device.link  # bfloat16, once to and once from the others
+        moved = 2 * tokens * config.d_model * 2 / machine.device.link  # bfloat16, to the others and back
         waiting = Band(exchanges * (EXCHANGE.low + moved), exchanges * (EXCHANGE.high + moved))
         limit = LINKS if waiting.middle > seconds.middle else limit
         seconds = Band(seconds.low + waiting.low, seconds.high + waiting.high)
@@ -287,6 +296,7 @@ def _measured(
         "layer": config.layers,
         "sequence": sequences,
         "vocabulary": sequences * config.vocab_size,
+        "token": tokens * config.layers,
         "width": tokens * config.layers * config.d_model,
     }
     fixed = Figure(0.0, 0.0, 0.0)
@@ -334,10 +344,7 @@ def roofline(config: ModelConfig, stored: Stored, machine: Machine, setting: Set
     works = list(_works(config, stored, setting.batch, setting.batch))
     kv = setting.batch * cost.kv_bytes(config, setting.context, KV_BYTES[setting.kv_dtype])
     scores = setting.batch * cost.flops_per_token(config, setting.context).components["attention_scores"]
-    kind = KINDS[machine.device.kind]
-    times = _published(config, works, kv, scores, replace(machine, count=1), setting.batch)
-    share = kind.prefill if times.limit == COMPUTE else kind.decode
-    return machine.count * setting.batch / (times.band.low * share.high)
+    return setting.batch / max(_limits(works, kv, scores, machine))
 
 
 def read_share_limit(config: ModelConfig) -> int:
