@@ -107,8 +107,8 @@ def compare(
     )
 
 
-def finish(bench: str, rows: list[Row]) -> int:
-    """A table on stderr, then the JSON line on stdout. Missed bars are in both; they are no failure of the script."""
+def finish(bench: str, rows: list[Row], **more: object) -> int:
+    """A table on stderr, then the JSON line on stdout, with `more` in it. Missed bars are no failure of the script."""
     for row in rows:
         verdict = {True: "met", False: "MISSED", None: ""}[row.met]
         print(
@@ -118,5 +118,5 @@ def finish(bench: str, rows: list[Row]) -> int:
         )
     judged = [row for row in rows if row.met is not None]
     print(f"{sum(bool(row.met) for row in judged)} of {len(judged)} bars met", file=sys.stderr)
-    print(json.dumps({"bench": bench, "host": host_line(), "rows": [asdict(row) for row in rows]}))
+    print(json.dumps({"bench": bench, "host": host_line(), "rows": [asdict(row) for row in rows], **more}))
     return 0

@@ -37,6 +37,7 @@ LEVELS = {
     "moiety.routing": 1,
     "moiety.formats": 1,
     "moiety.backends": 2,
+    "moiety.plan": 2,
     "moiety.observe.stats": 2,
     "moiety.observe.alarm": 2,
     "moiety.observe.record": 2,
@@ -48,7 +49,6 @@ LEVELS = {
     "moiety.infer": 5,
     "moiety.serve": 6,
     "moiety.observe": 6,
-    "moiety.plan": 6,
     "moiety.cli": 7,
     "moiety.__main__": 8,
 }

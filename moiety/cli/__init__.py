@@ -25,6 +25,7 @@ COMMANDS = {
     "gradients": "check that every router and expert of a model gets a gradient",
     "routers": "list the routers there are, or explain one",
     "params": "count parameters, FLOPs and bytes of a known model or a checkpoint",
+    "plan": "plan memory, speed and cost before a run, or measure this machine",
     "models": "list the well-known models: exact counts, and what was said about closed ones",
     "convert": "write a model in another format: the layout of transformers, or GGUF",
     "quantize": "pack a model's weights in fewer bits, with a receipt",

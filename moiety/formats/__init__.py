@@ -1,7 +1,8 @@
 """Weights as numbers of fewer bits: what a format is, and the table of them.
 
 `numbers` turns weights into codes and scales and back: the meaning of a format. `tiles` puts codes and scales in the
-order in which a processor reads them. `stored` reads and writes what other people's checkpoints hold.
+order in which a processor reads them. `stored` reads and writes what other people's checkpoints hold. `policy`
+says which part of a model gets which format. This page and `policy` need no torch.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from typing import Literal
 
 from moiety.errors import ConfigError
 
-__all__ = ["FORMATS", "FP4", "NF4", "Format", "format_named"]
+__all__ = ["FORMATS", "FP4", "NF4", "ROWS", "Format", "format_named", "shape_of", "tile_bytes"]
+
+ROWS = 16  # of a tile
 
 FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)  # E2M1
 # The sixteen quantiles of a normal distribution that QLoRA keeps, scaled to [-1, 1] (arXiv 2305.14314).
@@ -103,3 +106,16 @@ def format_named(name: str) -> Format:
     if name not in FORMATS:
         raise ConfigError(f"there is no weight format {name!r}", hint=f"there are {', '.join(FORMATS)}")
     return FORMATS[name]
+
+
+def tile_bytes(form: Format) -> int:
+    """Bytes of one tile; `tiles` says what is in it."""
+    return ROWS * (form.group * form.bits + form.scale_bits + 16 * form.minimum) // 8
+
+
+def shape_of(
+    form: Format, *, experts: int, rows: int, columns: int, interleaved: bool
+) -> tuple[int, int, int, int]:
+    """The shape of a weight's tiles."""
+    halves = 2 if interleaved else 1
+    return experts, halves * -(-rows // halves // ROWS), -(-columns // form.group), tile_bytes(form)

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moiety.errors import FormatError
-from moiety.formats import Format
+from moiety.formats import ROWS, Format, shape_of, tile_bytes
 from moiety.formats.numbers import Codes, dequantize, quantize
 
 __all__ = [
@@ -47,13 +47,7 @@ __all__ = [
     "unpack",
 ]
 
-ROWS = 16
 EXPERT_MULTIPLE = 4096  # bytes of an expert, and its place in a file: what direct reads ask for
-
-
-def tile_bytes(form: Format) -> int:
-    """Bytes of one tile."""
-    return ROWS * (form.group * form.bits + form.scale_bits + 16 * form.minimum) // 8
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -89,14 +83,6 @@ class PackedWeight:
     def size_bytes(self) -> int:
         """Of the tiles."""
         return self.tiles.numel()
-
-
-def shape_of(
-    form: Format, *, experts: int, rows: int, columns: int, interleaved: bool
-) -> tuple[int, int, int, int]:
-    """The shape of a weight's tiles."""
-    halves = 2 if interleaved else 1
-    return experts, halves * -(-rows // halves // ROWS), -(-columns // form.group), tile_bytes(form)
 
 
 class Projection(NamedTuple):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from moiety.formats import FORMATS, Format
+from moiety.formats.policy import Kind, kind_of
 from moiety.formats.tiles import PackedWeight, Projection, expert_bytes, pack, projections_in
 from moiety.model.transformer import Transformer
 from moiety.moe.experts import Experts, FeedForward
@@ -27,9 +28,6 @@ __all__ = [
     "slots",
     "source_of",
 ]
-
-Kind = Literal["experts", "shared", "dense", "attention", "head", "embedding", "router", "norm", "other"]
-ROUTER = ("gate", "gate_noise", "shared_gate", "selection_bias")
 
 
 class Slot(NamedTuple):
@@ -69,24 +67,6 @@ class Group(NamedTuple):
     weights: Mapping[str, PackedWeight]
     numbers: tuple[int, ...] | None = None
     tiles: Tensor | None = None
-
-
-def kind_of(name: str) -> Kind:
-    """What part of a model a parameter belongs to, by its name."""
-    parts = name.split(".")
-    if parts[0] in ("embed", "head"):
-        return "embedding" if parts[0] == "embed" else "head"
-    if any(part in ROUTER for part in parts):
-        return "router"
-    if any(part.endswith("norm") for part in parts):
-        return "norm"
-    if "experts" in parts:
-        return "experts"
-    if "shared" in parts:
-        return "shared"
-    if "attention" in parts:
-        return "attention"
-    return "dense" if "feed_forward" in parts else "other"
 
 
 def slots(model: Transformer) -> dict[str, tuple[Slot, ...]]:

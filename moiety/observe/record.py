@@ -1,7 +1,7 @@
 """Routing of any forward pass into a trace file: bounded, sampled where asked, and nearly free while the model runs.
 
-A step costs a list of references. What they refer to is put in order for the file some hundred tokens later, a layer at
-a time, so that decoding does not wait for it token by token.
+A step costs two concatenations of small tensors. They are put in order for the file some thousand tokens later, all at
+once, so that decoding does not wait for it token by token.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from moiety.routing import Routing
 from moiety.tracefile import Chunk, TraceHeader, TraceWriter
@@ -22,6 +23,7 @@ __all__ = ["Recorder", "Span", "spans_of"]
 
 HELD_BYTES = 16 << 20
 STRETCH_TOKENS = 1024
+HALF_MAX = 65504.0  # the largest number of 16 bits
 
 
 class Span(NamedTuple):
@@ -51,13 +53,18 @@ def spans_of(tokens_BS: Tensor, first: int = 0, *, valid_BS: Tensor | None = Non
     return [Span(first + row, 0, tokens) for row, tokens in enumerate(tokens_BS.tolist())]
 
 
-class _Part(NamedTuple):
-    """What is kept of one layer in one step."""
+class _Step(NamedTuple):
+    """What is kept of a step: few objects, whatever the number of layers, for the garbage collector looks at each.
 
+    Pairs are those of the first layer, then of the second, each sorted by expert.
+    """
+
+    spans: Sequence[Span]
+    tokens: int
+    counts_M: Tensor  # of each expert of each layer, M in all
     token_N: Tensor
-    counts_E: Tensor
     weight_N: Tensor | None
-    score_TE: Tensor | None
+    score_TLE: Tensor | None
 
 
 @final
@@ -73,8 +80,9 @@ class Recorder:
     def __init__(self, writer: TraceWriter, *, limit_bytes: int) -> None:
         self._writer, self._limit = writer, limit_bytes
         self._level, self._sample = writer.header.level, writer.header.sample
-        self._held: list[tuple[Sequence[Span], list[_Part]]] = []
-        self._held_bytes = self._stretch = self._owed = 0
+        self._held: list[_Step] = []
+        self._counts_M: Tensor | None = None
+        self._held_bytes = self._counted = self._stretch = self._owed = 0
         self._full = False
         self.kept_tokens = self.skipped_tokens = self.dropped_tokens = 0
         self.next_request = 0  # one more than any request so far
@@ -99,20 +107,18 @@ class Recorder:
         if self._stretch >= STRETCH_TOKENS:
             self._owed += self._stretch * (self._sample - 1)
             self._stretch = 0
-        scores = self._level == "scores"
-        parts = [
-            _Part(
-                one.token_N,
-                one.counts_E,
-                one.weight_N.detach() if scores else None,
-                None if one.score_TE is None or not scores else one.score_TE.detach(),
-            )
-            for one in routing.values()
-        ]
-        assert len(parts) == len(self._writer.header.layers), (list(routing), self._writer.header.layers)
-        self._held.append((spans, parts))
-        pairs, experts = len(parts[0].token_N), len(parts[0].counts_E)
-        self._held_bytes += len(parts) * (24 * pairs + 8 * experts + (8 * tokens * experts if scores else 0))
+        assert tuple(routing) == self._writer.header.layers, (list(routing), self._writer.header.layers)
+        counts_M = torch.cat([one.counts_E for one in routing.values()])
+        if self._level == "counts":
+            self._counts_M = counts_M if self._counts_M is None else self._counts_M + counts_M
+            self._counted += tokens
+            if self._counted >= STRETCH_TOKENS:
+                self._flush()
+            return
+        self._held.append(
+            _step(list(routing.values()), spans, tokens, counts_M, scores=self._level == "scores")
+        )
+        self._held_bytes += sum(one.nbytes for one in self._held[-1][2:] if isinstance(one, Tensor))
         if self._held_bytes >= HELD_BYTES:
             self._flush()
 
@@ -138,16 +144,14 @@ class Recorder:
 
     def _flush(self) -> None:
         """Order what is held, and let go of it."""
-        held, self._held, self._held_bytes = self._held, [], 0
-        if not held:
-            return
-        tokens_S = np.array([sum(len(span.tokens) for span in spans) for spans, _ in held], np.int32)
-        tokens, header = int(tokens_S.sum()), self._writer.header
-        layers = [[parts[layer] for _, parts in held] for layer in range(len(header.layers))]
-        if self._level == "counts":
-            chunk = _counts(header, tokens, layers)
+        header = self._writer.header
+        if self._counts_M is not None:
+            chunk, tokens = _counts(header, self._counted, self._counts_M), self._counted
+        elif self._held:
+            chunk, tokens = _choices(header, self._held), sum(step.tokens for step in self._held)
         else:
-            chunk = _choices(header, tokens_S, [span for spans, _ in held for span in spans], layers)
+            return
+        self._held, self._held_bytes, self._counts_M, self._counted = [], 0, None, 0
         size_bytes = sum(array.nbytes for array in chunk.arrays.values())
         if self._writer.size_bytes + size_bytes > self._limit:
             self._full = True
@@ -157,45 +161,66 @@ class Recorder:
         self.kept_tokens += tokens
 
 
-def _counts(header: TraceHeader, tokens: int, layers: Sequence[Sequence[_Part]]) -> Chunk:
-    """All steps as one."""
-    counts_SLE = np.zeros((1, len(layers), max(header.experts)), np.uint32)
-    for counts_E, parts in zip(counts_SLE[0], layers, strict=True):
-        total_E = torch.stack([part.counts_E for part in parts]).sum(0)
-        counts_E[: len(total_E)] = total_E.cpu().numpy()
+def _step(
+    routings: Sequence[Routing], spans: Sequence[Span], tokens: int, counts_M: Tensor, *, scores: bool
+) -> _Step:
+    """What is kept of a step whose choices are wanted."""
+    token_N = torch.cat([one.token_N for one in routings])
+    if not scores:
+        return _Step(spans, tokens, counts_M, token_N, None, None)
+    experts = max(one.experts for one in routings)
+    score_TLE = torch.stack([_score(one, experts) for one in routings], dim=1)
+    score_TLE = score_TLE.clamp(-HALF_MAX, HALF_MAX).half()
+    weight_N = torch.cat([one.weight_N.detach() for one in routings])
+    return _Step(spans, tokens, counts_M, token_N, weight_N, score_TLE)
+
+
+def _score(routing: Routing, experts: int) -> Tensor:
+    """What the router compared, (T, E) with NaN where nothing is known."""
+    if routing.score_TE is None:
+        return routing.counts_E.new_full((routing.tokens, experts), torch.nan, dtype=torch.float32)
+    score_TE = routing.score_TE.detach()
+    missing = experts - routing.experts
+    return pad(score_TE, (0, missing), value=torch.nan) if missing else score_TE
+
+
+def _counts(header: TraceHeader, tokens: int, counts_M: Tensor) -> Chunk:
+    """All that was counted, as one step."""
+    counts_SLE = np.zeros((1, len(header.layers), max(header.experts)), np.uint32)
+    layers = np.split(counts_M.cpu().numpy(), np.cumsum(header.experts)[:-1])
+    for counts_E, found_E in zip(counts_SLE[0], layers, strict=True):
+        counts_E[: len(found_E)] = found_E
     return Chunk(tokens_S=np.array([tokens], np.int32), counts_SLE=counts_SLE)
 
 
-def _choices(
-    header: TraceHeader,
-    tokens_S: npt.NDArray[np.int32],
-    spans: Sequence[Span],
-    layers: Sequence[Sequence[_Part]],
-) -> Chunk:
+def _choices(header: TraceHeader, steps: Sequence[_Step]) -> Chunk:
     """Every token's experts, and at level scores what they weigh and what was compared."""
-    tokens = int(tokens_S.sum())
-    first_S = np.cumsum(tokens_S) - tokens_S
-    found = [_Layer.of(parts, first_S, tokens) for parts in layers]
-    width = max(1, *(int(layer.place_N.max(initial=-1)) + 1 for layer in found))
+    tokens_S = np.array([step.tokens for step in steps], np.int32)
+    tokens, layers, first_S = int(tokens_S.sum()), len(header.layers), np.cumsum(tokens_S) - tokens_S
+    layer_M = np.repeat(np.arange(layers), header.experts)
+    expert_M = np.concatenate([np.arange(experts) for experts in header.experts])
+    counts_SM = torch.stack([step.counts_M for step in steps]).cpu().numpy()
+    row_N = torch.cat([step.token_N for step in steps]).cpu().numpy() + np.repeat(first_S, counts_SM.sum(1))
+    each_N = np.repeat(np.tile(np.arange(len(layer_M)), len(steps)), counts_SM.ravel())
+    cell_N = row_N * layers + layer_M[each_N]  # of a token in a layer
+    order_N = np.argsort(cell_N, kind="stable")
+    cell_N, pairs = cell_N[order_N], np.bincount(cell_N, minlength=tokens * layers)
+    place_N = np.arange(len(cell_N)) - np.repeat(np.cumsum(pairs) - pairs, pairs)
     none = np.iinfo(header.expert_dtype).max
-    expert_TLK = np.full((tokens, len(found), width), none, header.expert_dtype)
+    expert_TLK = np.full((tokens, layers, max(1, int(pairs.max(initial=0)))), none, header.expert_dtype)
+    expert_TLK.reshape(tokens * layers, -1)[cell_N, place_N] = expert_M[each_N[order_N]]
     scores: dict[str, npt.NDArray[Any]] = {}
     if header.level == "scores":
+        weight_N = torch.cat([step.weight_N for step in steps if step.weight_N is not None])
+        weight_N = weight_N.float().clamp(-HALF_MAX, HALF_MAX).half()
         scores["weight_TLK"] = np.zeros(expert_TLK.shape, np.float16)
-        scores["score_TLE"] = np.full((tokens, len(found), max(header.experts)), np.nan, np.float16)
-    for number, (layer, parts) in enumerate(zip(found, layers, strict=True)):
-        expert_TLK[layer.row_N, number, layer.place_N] = layer.expert_N
-        if not scores:
-            continue
-        weight_N = torch.cat([part.weight_N for part in parts if part.weight_N is not None])
-        scores["weight_TLK"][layer.row_N, number, layer.place_N] = _float16(weight_N)[layer.order_N]
-        for part, first in zip(parts, first_S.tolist(), strict=True):
-            if part.score_TE is not None:
-                rows, experts = part.score_TE.shape
-                scores["score_TLE"][first : first + rows, number, :experts] = _float16(part.score_TE)
+        scores["weight_TLK"].reshape(tokens * layers, -1)[cell_N, place_N] = weight_N.cpu().numpy()[order_N]
+        score_TLE = torch.cat([step.score_TLE for step in steps if step.score_TLE is not None])
+        scores["score_TLE"] = score_TLE.cpu().numpy()
+    spans = [span for step in steps for span in step.spans]
     lengths = [len(span.tokens) for span in spans]
-    start_T = np.repeat(np.array([span.start for span in spans], np.int32), lengths)
-    before_T = np.repeat(np.cumsum([0, *lengths[:-1]]), lengths)
+    before_T = np.repeat(np.cumsum([0, *lengths[:-1]]), lengths) if spans else np.zeros(0, np.int64)
+    start_T = np.repeat(np.array([span.start for span in spans], np.int64), lengths)
     return Chunk(
         tokens_S=tokens_S,
         token_T=np.array([token for span in spans for token in span.tokens], np.int32),
@@ -204,31 +229,3 @@ def _choices(
         expert_TLK=expert_TLK,
         **scores,
     )
-
-
-def _float16(value: Tensor) -> npt.NDArray[Any]:
-    return value.float().clamp(-65504, 65504).half().cpu().numpy()
-
-
-class _Layer(NamedTuple):
-    """The pairs of a layer over several steps, by token: its row, its place among its token's pairs, its expert.
-
-    `order_N` is where each was before.
-    """
-
-    row_N: npt.NDArray[np.int64]
-    place_N: npt.NDArray[np.int64]
-    expert_N: npt.NDArray[np.int64]
-    order_N: npt.NDArray[np.int64]
-
-    @classmethod
-    def of(cls, parts: Sequence[_Part], first_S: npt.NDArray[Any], tokens: int) -> _Layer:
-        """Of pairs that are sorted by expert in each step."""
-        counts_SE = torch.stack([part.counts_E for part in parts]).cpu().numpy()
-        row_N = torch.cat([part.token_N for part in parts]).cpu().numpy()
-        row_N = row_N + np.repeat(first_S, counts_SE.sum(1))
-        expert_N = np.repeat(np.tile(np.arange(counts_SE.shape[1]), len(parts)), counts_SE.ravel())
-        order_N = np.argsort(row_N, kind="stable")
-        row_N, pairs_T = row_N[order_N], np.bincount(row_N, minlength=tokens)
-        place_N = np.arange(len(row_N)) - np.repeat(np.cumsum(pairs_T) - pairs_T, pairs_T)
-        return cls(row_N, place_N, expert_N[order_N], order_N)

@@ -2,7 +2,8 @@
 
 The replay asks the very class that streaming asks (`moiety.residency`), step by step, so that a hit rate here is that
 of a run that decodes the same tokens. Prompts are left out: a run reads their experts in waves, once for all tokens.
-A trace of texts alone, without answers, is replayed as if its tokens had been drawn one after the other.
+A trace of texts alone, without answers, is replayed as if its tokens had been drawn one after the other. The first use
+of an expert, which no cache has, is not counted: in a long run it weighs nothing.
 
 Time of a step: missed bytes over the disk's rate and touched bytes over the memory's, side by side (the faster end of
 the band) or one after the other. What else a step does is left out, so both are limits and not promises.
@@ -13,24 +14,67 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from operator import mul
+from operator import mul, sub
 from typing import TYPE_CHECKING, NamedTuple
 
-from moiety.errors import UsageError
-from moiety.fields import require
+from moiety.errors import ConfigError, UsageError
+from moiety.fields import check_types, option, require
 from moiety.residency import POLICIES, Residency, belady
 
 if TYPE_CHECKING:
     from moiety.tracefile import RoutingTrace, Step, TraceHeader
 
-__all__ = ["BELADY", "ENOUGH", "MOST_USES", "SHARES", "Point", "Rates", "Replay", "replay"]
+__all__ = ["BELADY", "ENOUGH", "MOST_USES", "SHARES", "Point", "Rates", "Replay", "ReplayOptions", "replay"]
 
 BELADY = "belady"
 ENOUGH = 0.9  # of the speed, or of the hits, that everything in memory gives
-SHARES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.75, 0.9, 1.0)
-MOST_USES = 20_000_000  # of experts in all replays together: less than a minute
+SHARES = (0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 1.0)
+MOST_USES = 16_000_000  # of experts in all replays together: less than a minute
 FEWEST_TOKENS = 64
 Limits = tuple[float, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplayOptions:
+    """What to replay a trace with."""
+
+    trace: str = option("", help="replay this file, which --record wrote, with less memory than it had")
+    policies: str = option("", help=f"of {', '.join((*POLICIES, BELADY))}; commas between; '' is all")
+    budgets: str = option("", help="for experts: 25%,50% of them, or 4GiB,8GiB; '' is a curve")
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        require(
+            bool(self.trace) or not (self.policies or self.budgets),
+            "there are policies or budgets, and no trace to replay",
+            "add --trace FILE",
+        )
+        require(
+            all(share > 0 for share in self.wanted_shares), f"budgets are {self.budgets!r}", "all above 0"
+        )
+
+    @property
+    def wanted_policies(self) -> tuple[str, ...]:
+        """Names, in the order given."""
+        return _words(self.policies) or (*POLICIES, BELADY)
+
+    @property
+    def wanted_shares(self) -> tuple[float, ...]:
+        """Budgets that end in %."""
+        words = [word[:-1].strip() for word in _words(self.budgets) if word.endswith("%")]
+        try:
+            return tuple(float(word) / 100 for word in words)
+        except ValueError:
+            raise ConfigError(f"budgets are {self.budgets!r}", hint="25%,50% or 4GiB,8GiB") from None
+
+    @property
+    def wanted_sizes(self) -> tuple[str, ...]:
+        """The others, as texts with units."""
+        return tuple(word for word in _words(self.budgets) if not word.endswith("%"))
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in text.split(",") if word.strip())
 
 
 class Rates(NamedTuple):
@@ -49,7 +93,7 @@ class Point:
         slots: Experts that fit.
         share: Of all experts.
         size_bytes: Of the slots; None where the size of an expert is unknown.
-        hit_rate: Of the experts that steps wanted, those that were there.
+        hit_rate: Of the experts that steps wanted again, those that were there.
         missed_bytes: That a token waits for, the mean; None as above.
         tokens_per_s: Band; None where sizes or rates are unknown.
         limit: What takes longer, "disk" or "memory"; "" as above.
@@ -74,7 +118,7 @@ class Replay:
         tokens: That were replayed.
         of_tokens: That the trace holds.
         uses: Of experts in one replay; a step counts each expert of a layer once.
-        first_uses: Of these, those that no cache of any size has: the first of each expert.
+        first_uses: Of these, the first of each expert, which is neither a hit nor a miss.
         cycle: Experts that one step goes through, the mean; below so many slots recency finds next to nothing.
         cycle_bytes: Of these; None where the size of an expert is unknown.
         knee: The smallest budget that does as well as 90 % of everything in memory; None if none does.
@@ -103,6 +147,7 @@ class _Run(NamedTuple):
     bytes_L: tuple[float, ...]
     dense_bytes: float
     wanted_L: list[int]
+    first_L: list[int]
 
     @property
     def touched_bytes(self) -> float:
@@ -138,24 +183,12 @@ def replay(
         ConfigError: a share that is none.
         FormatError, StorageError: as of `RoutingTrace.chunks`.
     """
-    unknown = [name for name in policies if name not in (*POLICIES, BELADY)]
-    if unknown or not policies:
+    if not policies or not {*policies} <= {*POLICIES, BELADY}:
         raise UsageError(f"policies are {list(policies)}", hint=f"there are {', '.join((*POLICIES, BELADY))}")
     header = trace.header
-    real = tuple(count - header.null_experts for count in header.experts)
     sizes = tuple(expert_bytes) or tuple(map(float, header.expert_bytes))
-    everything = sum(real)
-    if budgets:
-        if not sizes:
-            raise UsageError(
-                "the trace does not say how large an expert is", hint="give shares, or the model"
-            )
-        whole = sum(size * count for size, count in zip(sizes, real, strict=True))
-        shares = [size / whole for size in budgets]
-    require(
-        bool(shares) and min(shares) > 0, f"shares are {list(shares)}; each is above 0, and 1 is every expert"
-    )
-    slots = sorted({min(max(round(share * everything), 1), everything) for share in shares} | {everything})
+    slots = _slots(header, sizes, shares, budgets)
+    everything = slots[-1]
     most_tokens = max(
         most_uses // (len(slots) * len(policies) * max(_uses_of_a_token(trace), 1)), FEWEST_TOKENS
     )
@@ -168,28 +201,33 @@ def replay(
     )
     cycle = sum(run.wanted_L) / len(run.steps)
     cycle_bytes = run.touched_bytes - run.dense_bytes if sizes else None
-    if "fixed" in policies:
-        notes.append("fixed keeps the experts that these very tokens use most; a run has to know them before")
-    if BELADY in policies:
-        notes.append("belady knows what comes; no run can do better")
-    if rates is None or not sizes:
-        notes.append("without the size of an expert and the rates of disk and memory there are no tokens/s")
     knee = _knee(points, everything)
-    first_uses = len(
-        {(layer, one) for step in run.steps for layer, row in enumerate(step.experts) for one in row}
-    )
     return Replay(
         points=points,
         tokens=run.tokens,
         of_tokens=header.tokens,
         uses=sum(run.wanted_L),
-        first_uses=first_uses,
+        first_uses=sum(run.first_L),
         cycle=cycle,
         cycle_bytes=cycle_bytes,
         knee=knee,
         advice=_advice(points, knee, cycle, cycle_bytes),
-        notes=tuple(notes),
+        notes=(*notes, *_remarks(points)),
     )
+
+
+def _remarks(points: Sequence[Point]) -> list[str]:
+    """What to know about the figures."""
+    policies = {point.policy for point in points}
+    remarks = {
+        "fixed keeps the experts that these very tokens use most; a run has to know them before": "fixed"
+        in policies,
+        "belady knows what comes; no run can do better": BELADY in policies,
+        "without the size of an expert and the rates of disk and memory there are no tokens/s": any(
+            point.tokens_per_s is None for point in points
+        ),
+    }
+    return [words for words, holds in remarks.items() if holds]
 
 
 def _slots(
@@ -245,24 +283,27 @@ def _taken(
     layers = range(len(trace.header.layers))
     real = tuple(count - trace.header.null_experts for count in trace.header.experts)
     wanted_L = [sum(len(step.experts[layer]) for step in taken) for layer in layers]
-    return _Run(taken, tokens, real, sizes or (0.0,) * len(layers), dense_bytes, wanted_L), notes
+    if not any(wanted_L):
+        raise UsageError("no token of the trace was sent to an expert: there is nothing to replay")
+    first_L = [len({one for step in taken for one in step.experts[layer]}) for layer in layers]
+    return _Run(taken, tokens, real, sizes or (0.0,) * len(layers), dense_bytes, wanted_L, first_L), notes
 
 
 def _point(run: _Run, policy: str, slots: int, everything: int, rates: Rates | None) -> Point | None:
     """One replay; None where the policy needs more slots than these."""
-    layers, wanted = len(run.experts), sum(run.wanted_L)
+    layers, again_L = len(run.experts), list(map(sub, run.wanted_L, run.first_L))
     mean_bytes = sum(map(mul, run.bytes_L, run.experts)) / everything
     if policy == BELADY:
         calls = [(layer, row) for step in run.steps for layer, row in enumerate(step.experts)]
-        _, misses = belady(calls, slots)
-        missed_bytes = misses * sum(map(mul, run.bytes_L, run.wanted_L)) / wanted
+        misses = belady(calls, slots)[1] - sum(run.first_L)
+        missed_bytes = misses * sum(map(mul, run.bytes_L, again_L)) / max(sum(again_L), 1)
     else:
         if slots < _fewest(policy, layers):
             return None
         cache = Residency(
             slots, policy, layers=layers, keep=_most_used(run, slots) if policy == "fixed" else None
         )
-        missed_L = [0] * layers
+        missed_L = [-first for first in run.first_L]
         for step in run.steps:
             for layer, row in enumerate(step.experts):
                 missed_L[layer] += len(cache.use(layer, row).loads)
@@ -275,7 +316,7 @@ def _point(run: _Run, policy: str, slots: int, everything: int, rates: Rates | N
         slots=slots,
         share=slots / everything,
         size_bytes=round(slots * mean_bytes) if known else None,
-        hit_rate=1 - misses / wanted,
+        hit_rate=1 - misses / max(sum(again_L), 1),
         missed_bytes=missed_bytes / run.tokens if known else None,
         tokens_per_s=speed,
         limit=limit,

@@ -11,13 +11,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moiety.config import option
 from moiety.errors import CheckFailed, ConfigError
 from moiety.formats import format_named
 from moiety.formats.numbers import dequantize
 from moiety.formats.numbers import quantize as codes_for
+from moiety.formats.policy import Policy, kind_of, policy_named
 from moiety.formats.tiles import ROWS, PackedWeight, pack_codes
-from moiety.model.slots import Group, Slot, install, kind_of, packed_matrices, room, slots, source_of
+from moiety.model.slots import Group, Slot, install, packed_matrices, room, slots, source_of
 from moiety.model.transformer import Transformer
 from moiety.moe.packed import PackedLinear
 
@@ -26,57 +26,8 @@ __all__ = ["Choice", "Line", "Policy", "PolicyFunction", "Receipt", "pack_stack"
 # A format, None to keep a tensor as it is, or for a stack of experts one format each.
 Choice = str | None | tuple[str, ...]
 PolicyFunction = Callable[[str, tuple[int, ...]], Choice]
-PARTS = ("experts", "shared", "dense", "attention", "head")
 CHUNK_NUMBERS = 1 << 20  # weights that are rounded at once: candidates for a code are a few times as many
 UNPACKABLE = ".kv_b.weight"
-HEAD = "int8-g32"  # beside formats of four bits: every token passes through the head
-
-
-@dataclass(frozen=True, kw_only=True)
-class Policy:
-    """A format for each part of a model; an empty name keeps a part as it is.
-
-    Routers, norms, biases and the embedding are always kept.
-    """
-
-    experts: str = option("int4-g32", help="routed experts")
-    shared: str = option("int4-g32", help="experts that every token uses")
-    dense: str = option("int4-g32", help="feed-forwards of dense blocks")
-    attention: str = option("int4-g32", help="projections of attention")
-    head: str = option(HEAD, help="the output head")
-
-    def __post_init__(self) -> None:
-        for part in PARTS:
-            if getattr(self, part):
-                format_named(getattr(self, part))
-
-    def __call__(self, name: str, shape: tuple[int, ...]) -> str | None:
-        """What a tensor of this name is packed in."""
-        kind = kind_of(name)
-        is_matrix = len(shape) > 1 and not name.endswith("bias")
-        return (getattr(self, kind) or None) if kind in PARTS and is_matrix else None
-
-
-def policy_named(text: str) -> Policy:
-    """A policy in a word.
-
-    Args:
-        text: A format, for everything (the head of four-bit ones is int8-g32); "int4-mixed": experts in int4-g32, the
-            rest in int8-g32; or parts with their formats, "experts=int4-g32+head=int8-g32", the others kept.
-
-    Raises:
-        ConfigError: no such format or part.
-    """
-    if text == "int4-mixed":
-        return Policy(shared="int8-g32", dense="int8-g32", attention="int8-g32")
-    if "=" not in text:
-        form = format_named(text)
-        return Policy(**{**dict.fromkeys(PARTS, form.name), "head": form.name if form.bits > 4 else HEAD})
-    given = dict(word.partition("=")[::2] for word in text.split("+"))
-    unknown = sorted(given.keys() - set(PARTS))
-    if unknown:
-        raise ConfigError(f"{text!r} names {', '.join(unknown)}", hint=f"parts are {', '.join(PARTS)}")
-    return Policy(**{**dict.fromkeys(PARTS, ""), **given})
 
 
 class Line(NamedTuple):

@@ -16,6 +16,7 @@ from moiety.errors import CheckFailed, ConfigError
 from moiety.formats import FORMATS
 from moiety.formats.numbers import dequantize
 from moiety.formats.numbers import quantize as codes_for
+from moiety.formats.policy import PARTS
 from moiety.formats.tiles import Projection, pack, projections_in, unpack
 from moiety.model.slots import packed_matrices, slots
 from moiety.model.transformer import Transformer
@@ -94,7 +95,7 @@ def test_each_part_by_choice() -> None:
 
 
 def test_named_policies() -> None:
-    assert policy_named("int8-g32") == Policy(**dict.fromkeys(work.PARTS, "int8-g32"))
+    assert policy_named("int8-g32") == Policy(**dict.fromkeys(PARTS, "int8-g32"))
     assert policy_named("int4") == Policy()
     assert policy_named("experts=nf4+head=int8") == Policy(
         experts="nf4", head="int8", shared="", dense="", attention=""

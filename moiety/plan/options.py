@@ -1,0 +1,105 @@
+"""What is to be planned: the options of `moiety plan`, and sizes as people write them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from moiety.config import check_types, option, require
+from moiety.errors import ConfigError
+from moiety.plan.estimate import KV_BYTES
+
+__all__ = ["PlanOptions", "count_named", "size_bytes"]
+
+UNITS = {"": 1, **{f"{p}b": 1000**n for n, p in enumerate(("", "k", "m", "g", "t"))}}
+UNITS |= {f"{p}ib": 1024**n for n, p in enumerate(("k", "m", "g", "t"), start=1)}
+COUNTS = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
+
+
+def _number(name: str, text: str, units: dict[str, int] | dict[str, float], example: str) -> float:
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    unit = found[2].lower() if found else ""
+    if found is None or unit not in units or float(found[1]) == 0:
+        raise ConfigError(
+            f"{name} is {text!r}; allowed is a positive number and a unit of {', '.join(filter(None, units))}",
+            hint=f"{example} for instance",
+        )
+    return float(found[1]) * units[unit]
+
+
+def size_bytes(text: str, name: str = "memory") -> int:
+    """Bytes from a text such as 12GiB, 24 GB or 1073741824.
+
+    Raises:
+        ConfigError: another form, or nothing.
+    """
+    return round(_number(name, text, UNITS, "12GiB or 24GB"))
+
+
+def count_named(text: str, name: str) -> float:
+    """A count from a text such as 14.8T or 300B.
+
+    Raises:
+        ConfigError: another form, or nothing.
+    """
+    return _number(name, text, COUNTS, "14.8T or 300B")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions:
+    """What to plan a model for. Sizes have units: 12GiB, 24GB, 14.8T."""
+
+    device: str = option(
+        "cpu", help="cpu, this machine as measured; or a name such as h100, l4, rtx-4090, m4-max"
+    )
+    devices: int = option(1, help="how many of it")
+    memory: str = option("", help="most that may be used, of all devices together; '' is what there is")
+    batch: int = option(1, help="sequences that are answered together")
+    context: int = option(4096, help="tokens for which each has room, prompt and answer")
+    prompt: int = option(512, help="tokens of a prompt")
+    format: str = option(
+        "", help="of the weights: bf16, fp32, or as for `moiety quantize`; '' compares, or is as stored"
+    )
+    kv_dtype: str = option("", help="of keys and values: fp32, bf16, fp8; '' is bf16")
+    hit_rate: float | None = option(
+        None, help="of the experts that a token needs, the share in memory; none is as uniform routing"
+    )
+    disk_rate: str = option("", help="bytes per second of the disk, 3GB for instance; '' is as measured")
+    price: float = option(0.0, help="dollars per hour of one device; 0 is the table's, if it has one")
+    tokens_per_s: float = option(0.0, help="a claimed speed to check and to price; 0 is none")
+    train_tokens: str = option("", help="tokens to train on, 14.8T for instance: hours, days, memory, cost")
+    train_context: int = option(4096, help="tokens of a training sequence")
+    capacity_factor: float = option(
+        0.0, help="buffers of experts with this capacity, for a prompt; 0 is none"
+    )
+    ranks: int = option(1, help="over which experts are spread: bytes on the links")
+    against: str = option("", help="another model, to say what is saved")
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        for name in ("devices", "batch", "context", "prompt", "ranks", "train_context"):
+            require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("price", "tokens_per_s", "capacity_factor"):
+            require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must not be negative")
+        require(
+            self.hit_rate is None or 0 <= self.hit_rate <= 1,
+            f"hit_rate is {self.hit_rate}; allowed is 0 to 1",
+        )
+        require(
+            not self.kv_dtype or self.kv_dtype in KV_BYTES,
+            f"kv_dtype is {self.kv_dtype!r}; allowed are {', '.join(KV_BYTES)}",
+        )
+        require(
+            self.prompt <= self.context,
+            f"prompt is {self.prompt}, context is {self.context}",
+            "the context holds the prompt and the answer",
+        )
+        for name in ("memory", "disk_rate"):
+            if getattr(self, name):
+                size_bytes(getattr(self, name), name)
+        if self.train_tokens:
+            count_named(self.train_tokens, "train_tokens")
+        require(
+            self.device == "cpu" or self.devices < 10**6,
+            f"devices is {self.devices}; that many there are not",
+        )
