@@ -38,6 +38,9 @@ __all__ = ["Budget", "activation_bytes", "load_streamed", "process_bytes"]
 
 GROWTH_BYTES = 48 << 20  # code that is loaded and memory that is kept aside when a process first computes
 MARGIN_BYTES = 32 << 20  # what a process holds differs from run to run by less
+SPARE_SHARE = (
+    32  # of the slots at most one in so many is for guesses: what it holds is not there for what is known
+)
 KEY_VALUE_SHARE = 8  # of the budget at most an eighth, where nobody says how much
 
 
@@ -213,7 +216,8 @@ def _stream(
 ) -> None:
     """Put layers that ask a store in the place of those that hold their experts."""
     chosen = _chosen(model.config)
-    spare = max(chosen) if options.prefetch and budget.slots - max(chosen) > sum(chosen) else 0
+    spare = min(max(chosen), budget.slots // SPARE_SHARE)
+    spare = spare if options.prefetch and budget.slots - spare > sum(chosen) else 0
     settled = settle(budget.slots - spare, chosen, options.expert_policy)
     residency = Residency(
         budget.slots,

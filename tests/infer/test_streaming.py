@@ -92,7 +92,8 @@ def test_streamed_is_resident(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_every_policy_and_mixed_formats(policy: str, tmp_path: Path) -> None:
+def test_every_policy_and_mixed_formats(policy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streaming, "SPARE_SHARE", 4)
     folder = folder_of("qwen3_moe", tmp_path, uneven)
     whole = checkpoint.load(folder)
     wanted = answers(whole, SamplingOptions(temperature=1.5, seed=4))
@@ -123,7 +124,9 @@ def test_a_prompt_loads_every_expert_once(tmp_path: Path) -> None:
     assert found.read_bytes == used * store.slot_bytes
 
 
-def test_foresight_is_exact_where_the_residual_does_not_change(tmp_path: Path) -> None:
+def test_foresight_is_exact_where_the_residual_does_not_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = tiny.model("", layers=2, moe=tiny.experts(experts=16, experts_per_token=2)).eval()
     with torch.no_grad():
         for block in model.blocks:
@@ -133,6 +136,7 @@ def test_foresight_is_exact_where_the_residual_does_not_change(tmp_path: Path) -
             block.feed_forward.experts.down.zero_()
     quantize(model, policy_named("int4"))
     model.save(tmp_path / "model")
+    monkeypatch.setattr(streaming, "SPARE_SHARE", 4)
     streamed = with_slots(tmp_path / "model", 8)
     list(moiety.generate(streamed, [1], max_tokens=40, sampling=SamplingOptions(temperature=2.0)))
     store = store_of(streamed)
