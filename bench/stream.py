@@ -38,7 +38,7 @@ from moiety.model.transformer import Transformer
 CGROUPS = Path("/sys/fs/cgroup/memory")
 VOCABULARY = 16_000
 OVERHEAD_BYTES = 540 << 20  # of our process: the interpreter, torch, what a step holds
-DATA = Path(os.environ.get("MOIETY_SHARED_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
+DATA = Path(os.environ.get("MOIETY_SHARED_DATA", "."))
 
 
 @dataclass(frozen=True, kw_only=True)
