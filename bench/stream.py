@@ -37,7 +37,7 @@ from moiety.model.transformer import Transformer
 
 CGROUPS = Path("/sys/fs/cgroup/memory")
 VOCABULARY = 16_000
-OVERHEAD_BYTES = 540 << 20  # of our process: the interpreter, torch, what a step holds
+OVERHEAD_BYTES = 435 << 20  # of our process: the interpreter, torch, what a step holds
 DATA = Path(os.environ.get("MOIETY_SHARED_DATA", "."))
 
 
@@ -81,7 +81,7 @@ CASES = (
     Case(shape="mixtral-8x7b", layers=8, over=1.1, decode_bar=1.5, prefill_bar=5.0),
     Case(shape="qwen3-30b-a3b", layers=12, share=0.5, skewed=True, decode_bar=3.0, resident_bar=0.6),
 )
-QUICK = replace(CASES[1], layers=3, share=0.3, prefill=32, experts=40)
+QUICK = replace(CASES[1], layers=2, share=0.15, prefill=32, experts=32)
 
 
 def popularity(experts: int) -> torch.Tensor:
