@@ -76,7 +76,6 @@ def bench(
     if bool(path) == bool(shape):
         hint = "moiety bench --shape olmoe-1b-7b --layers 4"
         raise UsageError("one of a path and --shape is wanted", hint=hint)
-    judged.begin(plan)
     if shape:
         model = pretend.packed_model(pretend.shape_named(shape, layers), format)
     else:
