@@ -55,20 +55,18 @@ def model_of(config: ModelConfig, form: str) -> Transformer:
 def main() -> None:
     """Run everything, and say what came of it."""
     shape, layers, form, batches, prompt = sys.argv[1:]
-    give_back_freed_memory()
     model = model_of(config_of(shape, int(layers)), form)
     torch.set_grad_enabled(False)
-    ctypes.CDLL(None).malloc_trim(0)  # what making the model has freed
-    clear = Path("/proc/self/clear_refs")
-    clear.write_text(
-        "5"
-    )  # the most that was resident is counted from here on: making the model does not count
     small = torch.ones(1 << 16, dtype=torch.uint8)
-    decoded = {
-        batch: decoding(model, int(batch), tokens=TOKENS, memory=small).tokens_per_s
-        for batch in batches.split(",")
-    }
+    sizes = [int(batch) for batch in batches.split(",")]
+    decoded = {size: decoding(model, size, tokens=TOKENS, memory=small).tokens_per_s for size in sizes}
     prompted = prefill(model, int(prompt)).tokens_per_s
+    give_back_freed_memory()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the most that is resident is counted from here on
+    for size in sizes:
+        decoding(model, size, tokens=TOKENS, memory=small)
+    prefill(model, int(prompt), repeats=1)
     print(json.dumps({"memory": peak_memory_bytes(), "decode": decoded, "prefill": prompted}))
 
 

@@ -72,7 +72,7 @@ def _weights(found: Values) -> None:
 def _layouts(found: Values) -> None:
     rows = [
         [
-            f"{one['format']}, cache {one['kv_dtype']}",
+            one["format"],
             short_bytes(one["memory"]["total"])
             if one["fits"]
             else f"no: {short_bytes(one['memory']['total'])}",
@@ -83,8 +83,10 @@ def _layouts(found: Values) -> None:
         ]
         for one in found["layouts"]
     ]
-    heads = ["layout", "memory", "experts resident", "tokens/s", "prompt tokens/s", "limit"]
-    print_table(f"in {short_bytes(found['memory_budget_bytes'])}", heads, rows)
+    heads = ["weights", "memory", "resident", "tokens/s", "of a prompt", "limit"]
+    cache = found["layouts"][0]["kv_dtype"]
+    title = f"in {short_bytes(found['memory_budget_bytes'])}, keys and values in {cache}; share of experts resident"
+    print_table(title, heads, rows)
 
 
 def _memory(found: Values) -> None:

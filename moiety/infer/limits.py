@@ -37,7 +37,7 @@ from moiety.routing import Routing
 __all__ = ["FORMATS", "disk_rates", "expert_seconds", "linear_seconds", "measure", "resident_bytes"]
 
 FORMATS = ("fp32", "bf16", "int8-g32", "int4-g32", "mxfp4", "nf4-g64")
-QUICK_FORMATS = ("fp32", "int4-g32")
+QUICK_FORMATS = ("fp32", "int8-g32", "int4-g32")
 COLD_BYTES = 160 << 20  # weights of one kind that are passed before the first is met again
 WIDTH, EXPERT_WIDTH = 2048, 1024
 READS = (1 << 18, 1 << 20, 1 << 22, 1 << 24)
@@ -345,7 +345,7 @@ def measure(make: Make, folder: Path, say: Say, *, quick: bool = False) -> Profi
         make: Makes a model of packed random weights from a shape and a format.
         folder: On the disk that models will be read from.
         say: Called with a line before each part.
-        quick: Two formats, and a small file.
+        quick: Three formats, and a small file.
 
     Raises:
         DependencyError: the kernels were not compiled.
@@ -376,7 +376,7 @@ def measure(make: Make, folder: Path, say: Say, *, quick: bool = False) -> Profi
         experts[form], linear[form] = expert_seconds(make, form, seconds), linear_seconds(make, form, seconds)
     say("steps and attention")
     attention = _attention(probes)
-    eight, scores = linear.get("int8-g32", linear["int4-g32"]), attention["operation"]
+    eight, scores = linear["int8-g32"], attention["operation"]
     overhead = {
         "packed": _overhead(probes, linear["int4-g32"], eight, scores),
         "plain": _overhead(plain, linear["fp32"], linear["fp32"], scores),

@@ -31,9 +31,7 @@ __all__ = [
 
 KV_BYTES: Mapping[str, float] = {"fp32": 4, "bf16": 2, "fp8": 1}
 PAGE_TOKENS = 16
-# Code and small pieces that come when a process first computes; of weights that are not packed oneDNN keeps a kernel
-# for each number of rows that an expert ever had.
-GROWTH_BYTES, PLAIN_GROWTH_BYTES = 8 << 20, 64 << 20
+GROWTH_BYTES = 8 << 20  # code and small pieces that come when a process first computes
 STEP_TOKENS = 512  # of a prompt that go through the model at once, as `EngineOptions` has it
 # Bytes for each parameter while it is trained: weight and gradient, a float32 copy where these are 16 bits wide, and
 # AdamW's two moments in float32.
@@ -152,11 +150,10 @@ def memory(
     runtime = KINDS[device.kind].runtime_bytes
     if profile is not None:
         runtime = profile.process_bytes["plain" if stored.is_plain else "packed"]
-    growth = PLAIN_GROWTH_BYTES if stored.is_plain else GROWTH_BYTES
     return Memory(
         weights=stored.size_bytes - round((1 - resident) * stored.expert_bytes),
         kv=kv_bytes(config, context, kv_dtype, batch=batch, paged=ours),
-        activations=sum(activations(config, step, batch, copies=2 - ours).values()) + ours * growth,
+        activations=sum(activations(config, step, batch, copies=2 - ours).values()) + ours * GROWTH_BYTES,
         runtime=round(runtime) * devices,
     )
 

@@ -255,7 +255,10 @@ def _published(
 
 def _seconds_each(table: Mapping[str, Mapping[str, tuple[float, ...]]], form: str, rows: float) -> Figure:
     """Seconds for a weight at so many rows: between the measured in proportion, beyond the last as many times it."""
-    found = table[form] if form in table else table[_nearest(list(table), form)]
+    if form not in table:  # like its nearest, and slower where it has more bits
+        near = _nearest(list(table), form)
+        return _seconds_each(table, near, rows).times(max(_bits(form) / _bits(near), 1.0))
+    found = table[form]
     if rows <= ROWS[0]:
         return Figure(*found[str(ROWS[0])])
     if rows >= ROWS[-1]:

@@ -161,6 +161,11 @@ def test_formats_that_were_not_measured_are_like_their_nearest() -> None:
         decode(config, stored_as(config, form), machine, Setting()) for form in ("int4-g64", "int4-g32")
     )
     assert near.seconds.low == pytest.approx(far.seconds.low)
+    few = made(
+        experts={form: table for form, table in profile.experts.items() if form in ("fp32", "int4-g32")}
+    )
+    slower = decode(config, stored_as(config, "int8-g32"), Machine(device=here(few), profile=few), Setting())
+    assert slower.seconds.low > 1.2 * far.seconds.low, "more bits take longer than those of the nearest"
     eight = decode(config, stored_as(config, "int8"), machine, Setting())
     assert eight.seconds.low > 1.5 * far.seconds.low
 
