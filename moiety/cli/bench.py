@@ -78,7 +78,6 @@ def bench(
         raise UsageError("one of a path and --shape is wanted", hint=hint)
     if shape and stream.memory:
         raise UsageError("a shape's weights are in no file to stream", hint="give a packed model's folder")
-    judged.begin(plan)
     if shape:
         model = pretend.packed_model(pretend.shape_named(shape, layers), format)
     else:
