@@ -172,9 +172,9 @@ def _serving(
     there = device.memory_bytes * machine.count
     budget = size_bytes(options.memory) if options.memory else round(kind.usable * there)
     require(
-        budget <= there,
+        ours or budget <= there,  # a machine like this one may have more
         f"memory is {search.short_bytes(budget)}; {machine.count} x {device.name} has {search.short_bytes(there)}",
-        "leave --memory out, or raise --devices" if options.device != "cpu" else "leave --memory out",
+        "leave --memory out, or raise --devices",
     )
     kv_dtypes = (options.kv_dtype,) if options.kv_dtype else ("bf16",)
     setting = Setting(batch=options.batch, context=options.prompt, hit_rate=options.hit_rate)
@@ -301,6 +301,11 @@ def _warnings(options: PlanOptions, machine: Machine, shown: search.Layout, roof
         found.append(
             f"{shown.stored.form} does not fit in the memory of {machine.count} x {machine.device.name}: "
             f"{needed} hold it"
+        )
+    there = machine.device.memory_bytes * machine.count
+    if options.memory and size_bytes(options.memory) > there:
+        found.append(
+            f"this machine has {search.short_bytes(there)}: the plan is for one like it that has more"
         )
     if options.tokens_per_s > roofline:
         found.append(

@@ -189,3 +189,13 @@ def test_counts() -> None:
     for text in ("", "T", "14.8TB", "1e12", "-3T", "0"):
         with pytest.raises(ConfigError, match="tokens is"):
             count_named(text, "tokens")
+
+
+def test_more_memory_than_this_machine_has_is_planned_and_said() -> None:
+    here_bytes = here(None).memory_bytes
+    found = planned("mixtral-8x7b", device="cpu", memory=f"{2 * here_bytes:.0f}B")
+    assert found["memory_budget_bytes"] == round(2 * here_bytes)
+    assert any("this machine has" in line for line in found["warnings"])
+    assert not any("this machine has" in line for line in planned("mixtral-8x7b", device="cpu")["warnings"])
+    with pytest.raises(ConfigError, match="1 x l4 has"):
+        planned("mixtral-8x7b", device="l4", memory="200GiB")
