@@ -88,8 +88,8 @@ def ours(path: str, memory_bytes: int) -> Run:
         return Job(
             seconds,
             (last.read_bytes - first.read_bytes) // max(drawn - 1, 1),
-            last.hits - first.hits,
-            last.misses - first.misses,
+            last.hits - last.right - (first.hits - first.right),  # a right guess was read all the same
+            last.misses + last.right - (first.misses + first.right),
         )
 
     return run

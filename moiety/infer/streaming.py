@@ -38,6 +38,7 @@ __all__ = ["Budget", "activation_bytes", "load_streamed", "process_bytes"]
 
 GROWTH_BYTES = 48 << 20  # code that is loaded and memory that is kept aside when a process first computes
 MARGIN_BYTES = 32 << 20  # what a process holds differs from run to run by less
+GUESSED_BYTES = 16 << 20  # an expert that takes longer to read than a layer to compute is not read on a guess
 SPARE_SHARE = (
     32  # of the slots at most one in so many is for guesses: what it holds is not there for what is known
 )
@@ -217,7 +218,8 @@ def _stream(
     """Put layers that ask a store in the place of those that hold their experts."""
     chosen = _chosen(model.config)
     spare = min(max(chosen), budget.slots // SPARE_SHARE)
-    spare = spare if options.prefetch and budget.slots - spare > sum(chosen) else 0
+    pays = options.prefetch and budget.slot_bytes <= GUESSED_BYTES
+    spare = spare if pays and budget.slots - spare > sum(chosen) else 0
     settled = settle(budget.slots - spare, chosen, options.expert_policy)
     residency = Residency(
         budget.slots,
