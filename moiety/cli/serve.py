@@ -41,7 +41,7 @@ def serve(
         A checkpoint or run folder, a .gguf file, or owner/name on the hub.
     """
     try:
-        from moiety.serve.server import Server, handle_signals, served_of
+        from moiety.serve.server import Server, check_reach, handle_signals, served_of
     except ModuleNotFoundError as error:
         raise DependencyError(
             f"serving needs {error.name}, which is not installed", hint="pip install 'moiety[serve]'"
@@ -49,10 +49,12 @@ def serve(
     from moiety.cli import version
     from moiety.infer.open import open_model
 
+    key = api_key or os.environ.get(KEY, "")
+    check_reach(server.host, key)
     import_own_routers(router)
     opened = open_model(path, backend=backend, experts_per_token=experts_per_token)
     served = served_of(opened, engine, server)
-    running = Server(served, key=api_key or os.environ.get(KEY, ""), version=version())
+    running = Server(served, key=key, version=version())
     handle_signals()
 
     def ready() -> None:

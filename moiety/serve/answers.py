@@ -94,8 +94,12 @@ class Served:
             )
 
     def piece(self, token: int) -> str:
-        """A token as text; a special one by its letters."""
-        return self.tokenizer.decode((token,)) or self._special.get(token, "")
+        """A token as text; a special one by its letters, a part of a character by its bytes."""
+        written = self.tokenizer.bytes_of((token,))
+        try:
+            return written.decode() or self._special.get(token, "")
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in written)
 
     @functools.cached_property
     def _special(self) -> dict[int, str]:
@@ -107,8 +111,14 @@ def new_id(prefix: str) -> str:
     return f"{prefix}-{uuid.uuid4().hex}"
 
 
-def room(served: Served, prompt: Sequence[int], asked: int | None, param: str) -> int:
+def room(served: Served, prompt: Sequence[int], asked: int | None, *params: str) -> int:
     """How many tokens an answer may have.
+
+    Args:
+        served: The model.
+        prompt: Token ids.
+        asked: How many are asked for; None is what there is room for.
+        params: The fields of the prompt and of the number.
 
     Raises:
         Refusal: prompt and answer are longer than the longest sequence.
@@ -118,7 +128,7 @@ def room(served: Served, prompt: Sequence[int], asked: int | None, param: str) -
         raise Refusal(
             400,
             f"the prompt has {len(prompt)} tokens and {asked or 'some'} are asked for; together {longest} are allowed",
-            param=param,
+            param=params[len(prompt) < longest],
             code="context_length_exceeded",
         )
     return asked or longest - len(prompt)

@@ -133,9 +133,11 @@ def validated(kind: type[Model], value: Mapping[str, Any], refused: Mapping[str,
         found = error.errors(include_url=False, include_context=False, include_input=False)
         places = [_place(one["loc"], value, is_missing=one["type"] == "missing") for one in found]
         deepest = max(range(len(found)), key=lambda number: (len(places[number]), -number))
-        field, said = ".".join(places[deepest]), found[deepest]
-        code = "unknown_parameter" if said["type"] == "extra_forbidden" else None
-        message = f"{field}: {said['msg']}" if field else said["msg"]
+        field = ".".join(places[deepest])
+        here = [one for one, place in zip(found, places, strict=True) if place == places[deepest]]
+        said = "; or: ".join(dict.fromkeys(one["msg"].removeprefix("Value error, ") for one in here))
+        code = "unknown_parameter" if here[0]["type"] == "extra_forbidden" else None
+        message = f"{field}: {said}" if field else said
         raise Refusal(400, message, param=field or None, code=code) from None
 
 
@@ -144,7 +146,9 @@ def _place(parts: tuple[int | str, ...], value: Any, *, is_missing: bool) -> tup
     found: list[str] = []
     here: Any = value
     for number, part in enumerate(parts):
-        there = part in here if isinstance(here, dict) else isinstance(here, list) and part in range(len(here))
+        there = (
+            part in here if isinstance(here, dict) else isinstance(here, list) and part in range(len(here))
+        )
         if there:
             here = here[part]
         elif not (is_missing and number == len(parts) - 1):

@@ -55,7 +55,13 @@ async def chat(served: Served, asked: ChatRequest, request: Request) -> Response
         raise Refusal(400, f"{param} does not go with min_tokens or ignore_eos", param=param)
     made = await asyncio.to_thread(served.grammars.made, grammar, n, param) if grammar else [None] * n
     limit = asked.max_tokens if asked.max_completion_tokens is None else asked.max_completion_tokens
-    most = room(served, prompt, limit, "messages")
+    most = room(
+        served,
+        prompt,
+        limit,
+        "messages",
+        "max_completion_tokens" if asked.max_tokens is None else "max_tokens",
+    )
     logprobs = (asked.top_logprobs or 0) if asked.logprobs else None
     asks = [
         Ask(

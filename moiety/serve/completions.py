@@ -85,7 +85,7 @@ def _prompts(served: Served, asked: CompletionRequest) -> list[list[int]]:
 
 
 def _options(served: Served, asked: CompletionRequest, prompt: list[int], number: int) -> Any:
-    most = room(served, prompt, asked.max_tokens, "max_tokens") if asked.max_tokens != 0 else 1
+    most = room(served, prompt, asked.max_tokens, "prompt", "max_tokens") if asked.max_tokens != 0 else 1
     return request_options(
         asked,
         most=most,

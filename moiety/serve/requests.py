@@ -8,7 +8,16 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    StringConstraints,
+    Tag,
+    field_validator,
+    model_validator,
+)
 
 from moiety.infer.options import LONGEST_STOP, MOST_BIASES, MOST_STOPS
 from moiety.serve.options import MOST_LOGPROBS, MOST_MESSAGES, MOST_N, MOST_PROMPTS, MOST_TOOLS
@@ -53,6 +62,20 @@ Penalty = Annotated[float, Field(ge=-2, le=2)]
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Best = Annotated[int, Field(ge=0, le=MOST_LOGPROBS)]
 Metadata = Annotated[dict[str, str], Field(max_length=16)]
+
+
+Tokens = Annotated[list[Token], Field(min_length=1)]
+PROMPTS = "a text, token ids, or several of either"
+
+
+def _kind(value: Any) -> str | None:
+    """Which kind of prompt a value is meant to be."""
+    if isinstance(value, str):
+        return "text"
+    if not isinstance(value, list):
+        return None
+    first = value[0] if value else ""
+    return "lists" if isinstance(first, list) else "tokens" if isinstance(first, int) else "texts"
 
 
 class Strict(BaseModel):
@@ -114,14 +137,13 @@ class Drawn(Sampled):
 class CompletionRequest(Drawn):
     """`/v1/completions`."""
 
-    prompt: (
-        Text
-        | Annotated[list[Text], Field(min_length=1, max_length=MOST_PROMPTS)]
-        | Annotated[list[Token], Field(min_length=1)]
-        | Annotated[
-            list[Annotated[list[Token], Field(min_length=1)]], Field(min_length=1, max_length=MOST_PROMPTS)
-        ]
-    ) = Field(description="a text, token ids, or several of either")
+    prompt: Annotated[
+        Annotated[Text, Tag("text")]
+        | Annotated[list[Text], Field(min_length=1, max_length=MOST_PROMPTS), Tag("texts")]
+        | Annotated[Tokens, Tag("tokens")]
+        | Annotated[list[Tokens], Field(min_length=1, max_length=MOST_PROMPTS), Tag("lists")],
+        Discriminator(_kind, custom_error_type="prompt", custom_error_message=PROMPTS),
+    ] = Field(description=PROMPTS)
     max_tokens: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = Field(
         16, description="0 draws nothing: for echo with logprobs"
     )

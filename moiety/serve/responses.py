@@ -43,7 +43,7 @@ async def respond(served: Served, asked: ResponsesRequest, request: Request) -> 
     grammar = _grammar(asked)
     prompt = await asyncio.to_thread(rendered, served, _messages(asked), [], {}, "input")
     constraint = (await asyncio.to_thread(served.grammars.made, grammar, 1, "text"))[0] if grammar else None
-    most = room(served, prompt, asked.max_output_tokens, "input")
+    most = room(served, prompt, asked.max_output_tokens, "input", "max_output_tokens")
     ask = Ask(prompt=prompt, options=request_options(asked, most=most), constraint=constraint)
     answers = Answers(served, served.gate.submit([ask]))
     reply = _Reply(served, asked, answers)

@@ -41,7 +41,7 @@ from moiety.serve.replies import Model, RoutingTotals
 from moiety.serve.requests import NOT_SERVED, ChatRequest, CompletionRequest, ResponsesRequest
 from moiety.serve.responses import respond
 
-__all__ = ["Server", "app_of", "served_of"]
+__all__ = ["Server", "app_of", "check_reach", "handle_signals", "served_of"]
 
 Asked = TypeVar("Asked", bound=BaseModel)
 logger = logging.getLogger("moiety.serve")
@@ -239,12 +239,25 @@ class Door:
         return None
 
 
+def check_reach(host: str, key: str) -> None:
+    """Refuse to let others in without a key.
+
+    Raises:
+        UsageError: others could reach this address, and there is no key.
+    """
+    if not key and not is_loopback(host):
+        raise UsageError(
+            f"host is {host}, which others can reach, and there is no key",
+            hint="set MOIETY_API_KEY, or listen on 127.0.0.1 behind a proxy",
+        )
+
+
 @final
 class Server:
     """A server over one model.
 
     Args:
-        served: The model.
+        served: The model; tests look into it.
         key: What clients must send; empty asks for none.
         version: Of the program.
 
@@ -254,12 +267,8 @@ class Server:
 
     def __init__(self, served: Served, *, key: str = "", version: str = "unknown") -> None:
         options = served.options
-        if not key and not is_loopback(options.host):
-            raise UsageError(
-                f"host is {options.host}, which others can reach, and there is no key",
-                hint="set MOIETY_API_KEY, or listen on 127.0.0.1 behind a proxy",
-            )
-        self._served = served
+        check_reach(options.host, key)
+        self.served = served
         config = uvicorn.Config(
             app_of(served, key=key, version=version, crowd=lambda: len(self.inner.server_state.connections)),
             host=options.host,
@@ -305,7 +314,7 @@ class Server:
         try:
             await self.inner.serve()
         except SystemExit:  # uvicorn's way to say that it could not listen
-            options = self._served.options
+            options = self.served.options
             raise UsageError(
                 f"cannot listen on {options.host} port {options.port}", hint="is the port taken? try another"
             ) from None
@@ -319,11 +328,11 @@ class Server:
         ready()
         while not self.inner.should_exit:
             await asyncio.sleep(0.05)
-        self._served.gate.drain()
-        deadline = asyncio.get_running_loop().time() + self._served.options.drain_s
-        while self._served.gate.live and asyncio.get_running_loop().time() < deadline:
+        self.served.gate.drain()
+        deadline = asyncio.get_running_loop().time() + self.served.options.drain_s
+        while self.served.gate.live and asyncio.get_running_loop().time() < deadline:
             await asyncio.sleep(0.05)
-        self._served.gate.stop()
+        self.served.gate.stop()
 
 
 def _watched(idle_s: float) -> Callable[..., H11Protocol]:
