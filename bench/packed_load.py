@@ -18,8 +18,7 @@ from _harness import Row, arguments, finish
 
 from moiety.config import AttentionConfig, ModelConfig, MoEConfig
 from moiety.formats import FORMATS
-from moiety.formats.tiles import PackedWeight, shape_of
-from moiety.model.slots import Group, install, slots
+from moiety.model.slots import install, room, slots
 from moiety.model.transformer import Transformer
 
 OLMOE = ModelConfig(
@@ -46,13 +45,10 @@ def write(config: ModelConfig, folder: Path) -> int:
     with torch.device("meta"):
         model = Transformer(config, initialize=False)
     for path, group in slots(model).items():
-        weights = {}
-        for slot in group:
-            sizes = {"experts": slot.experts, "rows": slot.rows, "columns": slot.columns}
-            tiles = torch.zeros(shape_of(form, **sizes, interleaved=slot.interleaved), dtype=torch.uint8)
-            tiles[..., -31::2] = 0x3C  # scales of 1
-            weights[slot.leaf] = PackedWeight(form=form, **sizes, interleaved=slot.interleaved, tiles=tiles)
-        install(model, path, [Group(weights)])
+        made = room(group, [form] * len(group))
+        for weight in made.weights.values():
+            weight.tiles.zero_()[..., -31::2] = 0x3C  # scales of 1
+        install(model, path, [made])
     rest = {
         name: torch.ones(one.shape, dtype=torch.bfloat16)
         for name, one in model.state_dict().items()

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from moiety.errors import MoietyError
     from moiety.infer.engine import Engine
     from moiety.infer.generate import generate
-    from moiety.model.load import load
+    from moiety.infer.open import load
     from moiety.model.tokenizer import Tokenizer
     from moiety.model.transformer import Transformer
     from moiety.moe.capacity import Capacity
@@ -112,7 +112,7 @@ _HOMES = {
     "TopP": "moiety.moe.routers",
     "Transformer": "moiety.model.transformer",
     "generate": "moiety.infer.generate",
-    "load": "moiety.model.load",
+    "load": "moiety.infer.open",
 }
 
 

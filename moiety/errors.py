@@ -3,6 +3,7 @@
     MoietyError
     ├── ConfigError        a value, or two values together, cannot describe a model or a run
     ├── UsageError         a command or function was called wrongly
+    ├── BudgetError        a model cannot be run within the memory that it is given
     ├── BusyError          too much was asked for at a time; later it may be taken in
     ├── DataError          a text or a token file cannot be trained on
     ├── FormatError        a file is not what it claims to be: truncated, altered, unknown layout
@@ -16,6 +17,7 @@ cause is an `assert` with the values in it, never one of these.
 """
 
 __all__ = [
+    "BudgetError",
     "BusyError",
     "CheckFailed",
     "ConfigError",
@@ -56,6 +58,12 @@ class ConfigError(MoietyError):
 
 class UsageError(MoietyError):
     """A command or function was called wrongly."""
+
+    exit_code = 2
+
+
+class BudgetError(MoietyError):
+    """A model cannot be run within the memory that it is given."""
 
     exit_code = 2
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from typing import Any, Literal, TypeVar
 
 from moiety.errors import ConfigError
 
-__all__ = ["check_types", "from_dict", "option", "require", "to_dict"]
+__all__ = ["check_types", "from_dict", "option", "require", "size_bytes", "to_dict"]
 
 ConfigType = TypeVar("ConfigType")
 
@@ -32,6 +33,22 @@ def require(condition: bool, message: str, hint: str | None = None) -> None:
     """Raise ConfigError with `message` and `hint` unless `condition` holds."""
     if not condition:
         raise ConfigError(message, hint=hint)
+
+
+def size_bytes(text: str, name: str) -> int:
+    """Bytes from a text such as 12GiB, 24 GB or 1073741824.
+
+    Raises:
+        ConfigError: another form, or nothing.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?)B?|B)?\s*", text, re.IGNORECASE)
+    if found is None or float(found[1]) == 0:
+        raise ConfigError(
+            f"{name} is {text!r}; allowed is a positive number with a unit",
+            hint="12GiB, 24GB or 500MiB for instance",
+        )
+    power = "KMGT".index(found[2].upper()) + 1 if found[2] else 0
+    return round(float(found[1]) * math.pow(1024 if found[3] else 1000, power))
 
 
 def check_types(config: Any) -> None:

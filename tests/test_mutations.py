@@ -36,10 +36,11 @@ ZOO, IN_LAYERS, WRAPPERS = (
     "tests/moe/test_router_layers.py",
     "tests/moe/test_wrappers.py",
 )
-TILES, QUANTIZE, QUANTIZED = (
+TILES, QUANTIZE, QUANTIZED, EXPERT_FILE = (
     "tests/formats/test_tiles.py",
     "tests/quant/test_quantize.py",
     "tests/model/test_quantized.py",
+    "tests/model/test_expert_file.py",
 )
 PAGES, ENGINE, SAMPLING = (
     "tests/infer/test_scheduler.py",
@@ -296,6 +297,27 @@ MUTATIONS = (
         PACKED,
     ),
     Mutation(
+        "projections that keep the tiles they had",
+        "moe/packed.py",
+        "            part.borrow(view.tiles)",
+        '            part.borrow(view.tiles if "tiles" in part._buffers else part.tiles)',
+        PACKED,
+    ),
+    Mutation(
+        "checksums that are taken and not compared",
+        "model/expert_file.py",
+        "    if found != wanted:",
+        "    if False:",
+        EXPERT_FILE,
+    ),
+    Mutation(
+        "experts begin anywhere",
+        "model/checkpoint.py",
+        "ordered, multiple=EXPERT_MULTIPLE)",
+        "ordered, multiple=64)",
+        EXPERT_FILE,
+    ),
+    Mutation(
         "bits to the experts that need them least",
         "quant/calibrate.py",
         "in sorted(order, reverse=True):",
@@ -334,6 +356,20 @@ MUTATIONS = (
 
 # In the C kernels, which are built anew for each.
 MUTATIONS_IN_C = (
+    Mutation(
+        "a wave that takes every expert along",
+        "backends/native/run.c",
+        "if (!counts[e] || (mask && !mask[e])) continue;",
+        "if (!counts[e]) continue;",
+        CPU,
+    ),
+    Mutation(
+        "experts are where they would be without slots",
+        "backends/native/run.c",
+        "return w->place ? w->place[expert] : expert * w->expert_bytes;",
+        "return expert * w->expert_bytes;",
+        CPU,
+    ),
     Mutation(
         "gate and up exchanged",
         "backends/native/run.c",

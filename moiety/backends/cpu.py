@@ -15,6 +15,7 @@ import os
 from dataclasses import dataclass
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,8 +32,10 @@ __all__ = [
     "Matrix",
     "PackedExpertWeights",
     "check",
+    "combine",
     "crew",
     "expert_mlp",
+    "expert_rows",
     "grouped_linear",
     "level",
     "levels",
@@ -50,11 +53,10 @@ ACTIVATIONS = {"none": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4, CLAMP
 
 class _CMatrix(ctypes.Structure):
     _fields_ = [
-        ("tiles", ctypes.c_void_p),
-        ("bias", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in ("tiles", "place", "bias")),
         *(
             (name, ctypes.c_int64)
-            for name in ("experts", "row_blocks", "groups", "tile_bytes", "rows", "columns")
+            for name in ("experts", "row_blocks", "groups", "tile_bytes", "expert_bytes", "rows", "columns")
         ),
         ("kind", ctypes.c_int32),
         ("group", ctypes.c_int32),
@@ -93,10 +95,16 @@ def library() -> ctypes.CDLL | None:
     kernels.moiety_best_level.restype = small
     kernels.moiety_no_amx.restype = ctypes.c_char_p
     kernels.moiety_read.restype = kernels.moiety_multiply.restype = wide
-    kernels.moiety_grouped_linear.restype = kernels.moiety_experts.restype = small
-    kernels.moiety_grouped_linear.argtypes = [pointer, pointer, wide, wide, pointer, pointer, pointer]
-    kernels.moiety_experts.argtypes = [pointer, pointer, small, small, ctypes.c_float, pointer, wide, wide]
-    kernels.moiety_experts.argtypes += [pointer, pointer, pointer, wide, pointer, pointer]
+    layer: list[Any] = [pointer, pointer, small, small, ctypes.c_float, pointer, wide, wide]
+    taken: tuple[tuple[Any, list[Any]], ...] = (
+        (kernels.moiety_grouped_linear, [pointer, pointer, wide, wide, pointer, pointer, pointer]),
+        (kernels.moiety_experts, [*layer, pointer, pointer, pointer, wide, pointer, pointer]),
+        (kernels.moiety_expert_rows, [*layer, pointer, pointer, wide, pointer, pointer, pointer]),
+        (kernels.moiety_combine, [pointer, wide, pointer, pointer, wide, wide, pointer, pointer]),
+    )
+    for operation, arguments in taken:
+        operation.restype = small
+        operation.argtypes = arguments
     return kernels
 
 
@@ -153,23 +161,30 @@ class Matrix:
     """A packed weight, ready to be multiplied with.
 
     Args:
-        weight: Packed.
+        weight: Packed; its tiles may be a view that skips bytes between one expert and the next.
         bias: (rows,) or (E, rows), or None; it is kept in float32.
+        place: Where the matrices of `weight` are slots that experts come into and leave: bytes from its first tile to
+            each expert's, -1 for one that is not there, int64 (E,). It is looked at in every call, never copied.
     """
 
-    def __init__(self, weight: PackedWeight, bias: Tensor | None = None) -> None:
-        self.weight = weight
-        self.bias = None if bias is None else bias.float().reshape(weight.experts, weight.rows)
+    def __init__(
+        self, weight: PackedWeight, bias: Tensor | None = None, *, place: Tensor | None = None
+    ) -> None:
+        self.weight, self.place = weight, place
+        self.experts = weight.experts if place is None else len(place)
+        self.bias = None if bias is None else bias.float().reshape(self.experts, weight.rows)
         self._bias_tiles = None if self.bias is None else _bias_tiles(self.bias, weight)
-        experts, row_blocks, groups, tile_bytes = weight.tiles.shape
-        assert weight.tiles.is_contiguous() and weight.tiles.device.type == "cpu", weight.tiles.shape
+        tiles = weight.tiles
+        assert tiles.device.type == "cpu" and tiles[0].is_contiguous(), (tiles.device, tiles.stride())
+        if place is not None:
+            assert place.dtype == torch.int64 and place.is_contiguous(), (place.dtype, place.stride())
         self._as_c = _CMatrix(
-            weight.tiles.data_ptr(),
+            tiles.data_ptr(),
+            None if place is None else place.data_ptr(),
             None if self._bias_tiles is None else self._bias_tiles.data_ptr(),
-            experts,
-            row_blocks,
-            groups,
-            tile_bytes,
+            self.experts,
+            *tiles.shape[1:],
+            tiles.stride(0),
             weight.rows,
             weight.columns,
             _kind(weight.form),
@@ -178,8 +193,12 @@ class Matrix:
         self.address = ctypes.addressof(self._as_c)
 
     def unpacked(self) -> Tensor:
-        """(E, rows, columns) float32."""
-        return unpack(self.weight)
+        """(E, rows, columns) float32; NaN for an expert that is not there."""
+        if self.place is None:
+            return unpack(self.weight)
+        found = unpack(self.weight)[self.place.clamp(min=0) // self.weight.tiles.stride(0)]
+        found[self.place < 0] = torch.nan
+        return found
 
 
 def _bias_tiles(bias_EF: Tensor, weight: PackedWeight) -> Tensor:
@@ -228,7 +247,8 @@ def _ready(x: Tensor) -> Tensor:
 
 
 def check(failed: int) -> None:
-    """Raise MemoryError where a kernel says that it found none."""
+    """What a kernel answers, a number of `enum failure`; MemoryError where it found no memory."""
+    assert failed != 2, "an expert with rows is not in memory"
     if failed:
         raise MemoryError("no memory for the rows that are multiplied; give fewer at once")
 
@@ -240,7 +260,7 @@ def grouped_linear(x_ND: Tensor, matrix: Matrix, counts_E: Tensor | None = None)
     if not level():
         counts_E = torch.tensor([len(x_ND)]) if counts_E is None else counts_E
         return reference.grouped_linear(x_ND.float(), matrix.unpacked(), counts_E, matrix.bias).to(x_ND.dtype)
-    assert counts_E is not None or weight.experts == 1, weight.experts
+    assert counts_E is not None or matrix.experts == 1, matrix.experts
     rows_ND, kernels = _ready(x_ND), library()
     assert kernels is not None
     y_NF = torch.empty(len(x_ND), weight.rows)
@@ -266,18 +286,75 @@ def linear(x: Tensor, matrix: Matrix) -> Tensor:
 
 def expert_mlp(x_TD: Tensor, routing: Routing, weights: PackedExpertWeights) -> Tensor:
     """y[token] += weight * expert(x[token]), in x's dtype; see `reference.expert_mlp`, which defines it."""
-    if not level():
+    kernels = library()
+    if not level() or kernels is None:
         return reference.expert_mlp(x_TD.float(), routing, weights.unpacked()).to(x_TD.dtype)
-    rows_TD, up, down, kernels = _ready(x_TD), weights.up, weights.down, library()
-    assert x_TD.shape[1] == up.weight.columns and up.weight.interleaved == weights.gated, x_TD.shape
-    assert kernels is not None
-    y_TD = torch.empty(len(x_TD), down.weight.rows)
-    weight_N = routing.weight_N if routing.weight_N.dtype == torch.float32 else routing.weight_N.float()
+    rows_TD, weight_N = _ready(x_TD), _ready(routing.weight_N)
+    y_TD = torch.empty(len(x_TD), weights.down.weight.rows)
     check(
         kernels.moiety_experts(
-            up.address, down.address, ACTIVATIONS[weights.activation], weights.gated, weights.activation_limit,
-            rows_TD.data_ptr(), len(rows_TD), rows_TD.stride(0), routing.token_N.data_ptr(), weight_N.data_ptr(),
-            routing.counts_E.data_ptr(), routing.pairs, y_TD.data_ptr(), crew(),
+            *_layer(rows_TD, routing, weights), weight_N.data_ptr(), routing.counts_E.data_ptr(), routing.pairs,
+            y_TD.data_ptr(), crew(),
         )
     )  # fmt: skip
     return y_TD if x_TD.dtype == torch.float32 else y_TD.to(x_TD.dtype)
+
+
+def _layer(rows_TD: Tensor, routing: Routing, weights: PackedExpertWeights) -> tuple[Any, ...]:
+    """The arguments with which every call about a layer's experts begins."""
+    up, down = weights.up, weights.down
+    assert rows_TD.shape[1] == up.weight.columns and up.weight.interleaved == weights.gated, rows_TD.shape
+    assert routing.experts == up.experts == down.experts, (routing.experts, up.experts, down.experts)
+    return (
+        up.address, down.address, ACTIVATIONS[weights.activation], weights.gated, weights.activation_limit,
+        rows_TD.data_ptr(), len(rows_TD), rows_TD.stride(0), routing.token_N.data_ptr(),
+    )  # fmt: skip
+
+
+def expert_rows(
+    x_TD: Tensor, routing: Routing, weights: PackedExpertWeights, mask_E: Tensor, answers_ND: Tensor
+) -> None:
+    """The first half of `expert_mlp` for some experts: expert(x[token]) of each of their pairs.
+
+    Calls for the others, in any order, and `combine` give the bits of the one call.
+
+    Args:
+        x_TD: Tokens, (T, D).
+        routing: Who goes where.
+        weights: The experts; those that the mask leaves out are not read.
+        mask_E: Which experts, bool or uint8 (E,).
+        answers_ND: Where the answers go, float32 (N, D); rows of other experts' pairs stay as they are.
+    """
+    assert mask_E.dtype in (torch.bool, torch.uint8) and mask_E.is_contiguous(), mask_E.dtype
+    assert mask_E.shape == routing.counts_E.shape, (mask_E.shape, routing.experts)
+    assert answers_ND.shape == (routing.pairs, weights.down.weight.rows), answers_ND.shape
+    assert answers_ND.dtype == torch.float32 and answers_ND.is_contiguous(), answers_ND.dtype
+    kernels = library()
+    if not level() or kernels is None:
+        mine_N = mask_E.bool()[routing.expert_N]
+        answers_ND[mine_N] = reference.expert_rows(x_TD.float(), routing, weights.unpacked())[mine_N]
+        return
+    rows_TD = _ready(x_TD)
+    check(
+        kernels.moiety_expert_rows(
+            *_layer(rows_TD, routing, weights), routing.counts_E.data_ptr(), routing.pairs, mask_E.data_ptr(),
+            answers_ND.data_ptr(), crew(),
+        )
+    )  # fmt: skip
+
+
+def combine(answers_ND: Tensor, routing: Routing) -> Tensor:
+    """The other half: each token's sum of weight * answer, float32 (T, D), experts ascending."""
+    kernels = library()
+    if not level() or kernels is None:
+        return routing.with_weights(routing.weight_N.float()).combine(answers_ND)
+    assert answers_ND.dtype == torch.float32 and answers_ND.is_contiguous(), answers_ND.dtype
+    assert len(answers_ND) == routing.pairs, (answers_ND.shape, routing.pairs)
+    y_TD, weight_N = torch.empty(routing.tokens, answers_ND.shape[1]), _ready(routing.weight_N)
+    check(
+        kernels.moiety_combine(
+            answers_ND.data_ptr(), answers_ND.shape[1], routing.token_N.data_ptr(), weight_N.data_ptr(),
+            routing.pairs, routing.tokens, y_TD.data_ptr(), crew(),
+        )
+    )  # fmt: skip
+    return y_TD

@@ -10,7 +10,7 @@ from torch import Tensor
 from moiety.backends.weights import CLAMPED, ExpertWeights, activation, clamped_swiglu
 from moiety.routing import Routing
 
-__all__ = ["expert_mlp", "grouped_linear"]
+__all__ = ["expert_mlp", "expert_rows", "grouped_linear"]
 
 
 def grouped_linear(
@@ -50,6 +50,11 @@ def expert_mlp(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor
     Returns:
         y_TD, (T, D); zero for a token without a pair.
     """
+    return routing.combine(expert_rows(x_TD, routing, weights))
+
+
+def expert_rows(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:
+    """What the expert of each pair makes of its token, (N, D), not weighted yet; arguments as of `expert_mlp`."""
     up_NF = grouped_linear(routing.gather(x_TD), weights.up, routing.counts_E, weights.up_bias)
     if weights.activation == CLAMPED:
         gate_NF, up_NF = up_NF.chunk(2, dim=-1)
@@ -59,5 +64,4 @@ def expert_mlp(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor
         hidden_NF = activation(weights.activation).forward(gate_NF) * up_NF
     else:
         hidden_NF = activation(weights.activation).forward(up_NF)
-    y_ND = grouped_linear(hidden_NF, weights.down, routing.counts_E, weights.down_bias)
-    return routing.combine(y_ND)
+    return grouped_linear(hidden_NF, weights.down, routing.counts_E, weights.down_bias)

@@ -12,7 +12,7 @@ from cyclopts import Parameter
 
 from moiety.cli.output import command, print_json, print_table, talk
 from moiety.errors import UsageError
-from moiety.infer.options import BenchOptions
+from moiety.infer.options import BenchOptions, RecordOptions, StreamOptions
 
 __all__ = ["app"]
 
@@ -52,6 +52,8 @@ def bench(
     layers: Annotated[int, Parameter(help="of the shape; 0 takes all")] = 0,
     format: Annotated[str, Parameter(help="of the shape's weights, as for `moiety quantize`")] = "int4-g32",
     measured: Annotated[BenchOptions, Parameter(name="*")] = BenchOptions(),
+    stream: Annotated[StreamOptions, Parameter(name="*")] = StreamOptions(),
+    record: Annotated[RecordOptions, Parameter(name="*")] = RecordOptions(),
     keep_blocks: Annotated[bool, Parameter(help="multiply Q4_0, Q8_0, mxfp4 ... blocks as stored")] = True,
     json: Annotated[bool, Parameter(negative="", help="print JSON")] = False,
 ) -> int:
@@ -62,18 +64,25 @@ def bench(
     path
         A checkpoint or run folder, a .gguf file, or owner/name on the hub.
     """
-    from moiety.infer import measure, open
-    from moiety.model import checkpoint
+    from moiety.infer import measure, offload, open, recording
     from moiety.quant import pretend
 
     if bool(path) == bool(shape):
         hint = "moiety bench --shape olmoe-1b-7b --layers 4"
         raise UsageError("one of a path and --shape is wanted", hint=hint)
+    if shape and stream.memory:
+        raise UsageError("a shape's weights are in no file to stream", hint="give a packed model's folder")
     if shape:
         model = pretend.packed_model(pretend.shape_named(shape, layers), format)
     else:
-        model = checkpoint.load(open.find_checkpoint(path), packed=keep_blocks).eval()
-    found = measure.run(model, measured, talk().print)
+        model = measure.model_at(open.find_checkpoint(path), measured, stream, keep_blocks, talk().print)
+    with recording.recording(
+        model, record, name=path or shape, source="moiety bench", say=talk().print
+    ) as recorder:
+        found = measure.run(model, measured, talk().print, recorder)
+    store = offload.store_of(model)
+    if store is not None:
+        talk().print(store.statistics().words)
     if json:
         rows = {name: [asdict(one) for one in getattr(found, name)] for name in ("prefill", "decode")}
         print_json({"model": path or shape, **rows, "knee": found.knee and found.knee._asdict()})

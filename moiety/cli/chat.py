@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 from cyclopts import Parameter
 
 from moiety.cli.output import command, talk
 from moiety.cli.own import import_own_routers
 from moiety.errors import UsageError
-from moiety.infer.options import EngineOptions, SamplingOptions
+from moiety.infer.options import EngineOptions, RecordOptions, SamplingOptions, StreamOptions
 
 __all__ = ["app"]
 
@@ -28,6 +28,8 @@ def chat(
     backend: Annotated[str, Parameter(help="who multiplies the experts")] = "auto",
     experts_per_token: Annotated[int, Parameter(help="use this many; 0 is the model's own number")] = 0,
     engine: Annotated[EngineOptions, Parameter(name="*")] = EngineOptions(),
+    stream: Annotated[StreamOptions, Parameter(name="*")] = StreamOptions(),
+    record: Annotated[RecordOptions, Parameter(name="*")] = RecordOptions(),
     plain: Annotated[
         bool, Parameter(negative="", help="one token after the other, without the engine")
     ] = False,
@@ -41,23 +43,36 @@ def chat(
         A checkpoint or run folder, a .gguf file, or owner/name on the hub.
     """
     from moiety.infer.conversation import Conversation
+    from moiety.infer.offload import store_of
     from moiety.infer.open import open_model
+    from moiety.infer.recording import recording
 
     if plain and engine != EngineOptions():
         raise UsageError("--plain has no engine", hint="leave out the engine's options")
     import_own_routers(router)
-    opened = open_model(path, backend=backend, experts_per_token=experts_per_token)
-    conversation = Conversation(
-        opened, system=system, max_tokens=max_tokens, sampling=sampling, plain=plain, options=engine
-    )
     console = talk()
-    about = "" if conversation.has_format else "; the model continues text, it was not taught to answer"
-    console.print(f"an empty line ends{about}")
-    while line := _ask(console.is_terminal):
-        for piece in conversation.answer(line):
-            sys.stdout.write(piece)
-            sys.stdout.flush()
-        print()
+    how: dict[str, Any] = {"backend": backend, "experts_per_token": experts_per_token, "say": console.print}
+    opened = open_model(path, stream=stream, engine=engine, **how)
+    with recording(opened.model, record, name=path, source="moiety chat", say=console.print) as recorder:
+        conversation = Conversation(
+            opened,
+            system=system,
+            max_tokens=max_tokens,
+            sampling=sampling,
+            plain=plain,
+            options=engine,
+            recorder=recorder,
+        )
+        about = "" if conversation.has_format else "; the model continues text, it was not taught to answer"
+        console.print(f"an empty line ends{about}")
+        while line := _ask(console.is_terminal):
+            for piece in conversation.answer(line):
+                sys.stdout.write(piece)
+                sys.stdout.flush()
+            print()
+    store = store_of(opened.model)
+    if store is not None:
+        console.print(store.statistics().words)
     return 0
 
 

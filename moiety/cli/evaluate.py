@@ -12,6 +12,7 @@ from cyclopts import Parameter
 from moiety.cli.output import command, print_json, print_table, talk
 from moiety.cli.own import import_own_routers
 from moiety.errors import UsageError
+from moiety.infer.options import RecordOptions
 
 if TYPE_CHECKING:
     from moiety.train.evaluate import Evaluation
@@ -35,6 +36,7 @@ def evaluate(
     length: Annotated[int, Parameter(help="tokens in a sequence; 0 takes the model's longest")] = 0,
     sequences: Annotated[int, Parameter(help="most sequences of a domain")] = 64,
     bytes_per_domain: Annotated[int, Parameter(help="size of the default corpus")] = 1_000_000,
+    record: Annotated[RecordOptions, Parameter(name="*")] = RecordOptions(),
     router: Annotated[str, Parameter(help="import this module:Class, which the model's config names")] = "",
     json: Annotated[bool, Parameter(negative="", help="print the result as JSON")] = False,
 ) -> int:
@@ -46,6 +48,7 @@ def evaluate(
         A checkpoint folder, or a run folder, whose newest checkpoint is taken.
     """
     from moiety.infer.open import open_model, set_experts_per_token
+    from moiety.infer.recording import recording
     from moiety.train.evaluate import evaluate as score
     from moiety.train.run import prepare_text
 
@@ -59,7 +62,10 @@ def evaluate(
         ) from None
     opened = open_model(path)
     found: list[tuple[int | None, Evaluation]] = []
-    with tempfile.TemporaryDirectory(prefix="moiety-") as folder:
+    with (
+        tempfile.TemporaryDirectory(prefix="moiety-") as folder,
+        recording(opened.model, record, name=path, source="moiety evaluate", say=talk().print) as recorder,
+    ):
         text = prepare_text(
             Path(folder), sources, vocab_size=0, bytes_per_domain=bytes_per_domain, tokenizer=opened.tokenizer
         )
@@ -69,9 +75,8 @@ def evaluate(
         for number in (*numbers,) or (None,):
             if number is not None:
                 set_experts_per_token(opened.model, number)
-            found.append(
-                (number, score(opened.model, text.data, batch=batch, length=wanted, limit=sequences))
-            )
+            how: dict[str, Any] = {"batch": batch, "length": wanted, "limit": sequences}
+            found.append((number, score(opened.model, text.data, **how, recorder=recorder)))
     if json:
         print_json([_values(number, one) for number, one in found])
         return 0

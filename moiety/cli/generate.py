@@ -13,10 +13,18 @@ from cyclopts import Parameter
 from moiety.cli.output import command, print_json, talk
 from moiety.cli.own import import_own_routers
 from moiety.errors import UsageError
-from moiety.infer.options import EngineOptions, RequestOptions, SamplingOptions, biases_named
+from moiety.infer.options import (
+    EngineOptions,
+    RecordOptions,
+    RequestOptions,
+    SamplingOptions,
+    StreamOptions,
+    biases_named,
+)
 
 if TYPE_CHECKING:
     from moiety.infer.open import Opened
+    from moiety.observe.record import Recorder
 
 __all__ = ["app"]
 
@@ -36,6 +44,8 @@ def generate(
     backend: Annotated[str, Parameter(help="who multiplies the experts")] = "auto",
     experts_per_token: Annotated[int, Parameter(help="use this many; 0 is the model's own number")] = 0,
     engine: Annotated[EngineOptions, Parameter(name="*")] = EngineOptions(),
+    stream: Annotated[StreamOptions, Parameter(name="*")] = StreamOptions(),
+    record: Annotated[RecordOptions, Parameter(name="*")] = RecordOptions(),
     plain: Annotated[
         bool, Parameter(negative="", help="one token after the other, without the engine")
     ] = False,
@@ -52,6 +62,7 @@ def generate(
         The texts to continue; none starts from nothing.
     """
     from moiety.infer.open import open_model
+    from moiety.infer.recording import recording
 
     asked = [prompt for prompt in prompts or ("",) for _ in range(n)]
     if n < 1 or (plain and (len(asked) > 1 or stop or engine != EngineOptions())):
@@ -63,28 +74,41 @@ def generate(
     bias = biases_named(logit_bias)
     request = RequestOptions(sampling=sampling, max_tokens=max_tokens, stop=stop, logit_bias=bias)
     import_own_routers(router)
-    opened = open_model(path, backend=backend, experts_per_token=experts_per_token)
-    begun = time.perf_counter()
-    if len(asked) == 1:
-        pieces = _plain(opened, asked[0], request) if plain else _streamed(opened, asked[0], request, engine)
-        answers = [_shown(asked[0], pieces, silent=json)]
-    else:
-        answers = _several(opened, asked, n, request, engine)
-    seconds = time.perf_counter() - begun
+    say = talk().print
+    how: dict[str, Any] = {"backend": backend, "experts_per_token": experts_per_token, "say": say}
+    opened = open_model(path, stream=stream, engine=engine, **how)
+    with recording(opened.model, record, name=path, source="moiety generate", say=say) as recorder:
+        begun = time.perf_counter()
+        if len(asked) == 1:
+            one = (opened, asked[0], request, recorder)
+            answers = [_shown(asked[0], _plain(*one) if plain else _streamed(*one, engine), silent=json)]
+        else:
+            answers = _several(opened, asked, n, request, engine, recorder)
+        seconds = time.perf_counter() - begun
     drawn = sum(answer["tokens"] for answer in answers)
     if json:
         print_json(answers[0] | {"tokens_per_second": drawn / seconds} if len(answers) == 1 else answers)
     elif len(answers) > 1:
         print("\n".join(f"[{number}] {answer['text']}" for number, answer in enumerate(answers, start=1)))
-    talk().print(f"{drawn} tokens, {drawn / seconds:.1f} tokens/s")
+    say(f"{drawn} tokens, {drawn / seconds:.1f} tokens/s{_streaming(opened)}")
     return 0
+
+
+def _streaming(opened: Opened) -> str:
+    """What became of experts that were read from disk, to be said last."""
+    from moiety.infer.offload import store_of
+
+    store = store_of(opened.model)
+    return "" if store is None else f"; {store.statistics().words}"
 
 
 def _ids(opened: Opened, prompt: str) -> list[int]:
     return opened.tokenizer.encode(prompt) or [opened.tokenizer.end_id]
 
 
-def _plain(opened: Opened, prompt: str, request: RequestOptions) -> Iterator[tuple[int, str]]:
+def _plain(
+    opened: Opened, prompt: str, request: RequestOptions, recorder: Recorder | None
+) -> Iterator[tuple[int, str]]:
     """Tokens drawn so far and the text that came with the last, by the definition."""
     from moiety.infer.generate import generate as tokens_of
     from moiety.model.tokenizer import TextStream
@@ -96,6 +120,7 @@ def _plain(opened: Opened, prompt: str, request: RequestOptions) -> Iterator[tup
         max_tokens=request.max_tokens,
         sampling=request.sampling,
         logit_bias=request.logit_bias,
+        recorder=recorder,
     )
     for drawn, token in enumerate(stream, start=1):
         yield drawn, text.push(token)
@@ -105,13 +130,13 @@ def _plain(opened: Opened, prompt: str, request: RequestOptions) -> Iterator[tup
 
 
 def _streamed(
-    opened: Opened, prompt: str, request: RequestOptions, options: EngineOptions
+    opened: Opened, prompt: str, request: RequestOptions, recorder: Recorder | None, options: EngineOptions
 ) -> Iterator[tuple[int, str]]:
     """The same by the engine."""
     from moiety.infer.engine import Engine
 
     one = dataclasses.replace(options, max_requests=1)
-    engine = Engine(opened.model, opened.tokenizer, ends=opened.ends, options=one)
+    engine = Engine(opened.model, opened.tokenizer, ends=opened.ends, options=one, recorder=recorder)
     for drawn, event in enumerate(engine.events(engine.submit(prompt, request)), start=1):
         yield drawn, event.text
 
@@ -130,12 +155,19 @@ def _shown(prompt: str, pieces: Iterator[tuple[int, str]], *, silent: bool) -> d
 
 
 def _several(
-    opened: Opened, prompts: list[str], n: int, request: RequestOptions, engine_options: EngineOptions
+    opened: Opened,
+    prompts: list[str],
+    n: int,
+    request: RequestOptions,
+    engine_options: EngineOptions,
+    recorder: Recorder | None,
 ) -> list[dict[str, Any]]:
     """All answers, worked on together."""
     from moiety.infer.engine import Engine
 
-    engine = Engine(opened.model, opened.tokenizer, ends=opened.ends, options=engine_options)
+    engine = Engine(
+        opened.model, opened.tokenizer, ends=opened.ends, options=engine_options, recorder=recorder
+    )
     seeds = [request.sampling.seed + number % n for number in range(len(prompts))]
     options = [
         dataclasses.replace(request, sampling=dataclasses.replace(request.sampling, seed=seed))

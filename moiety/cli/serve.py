@@ -10,7 +10,7 @@ from cyclopts import Parameter
 from moiety.cli.output import command, talk
 from moiety.cli.own import import_own_routers
 from moiety.errors import DependencyError
-from moiety.infer.options import EngineOptions
+from moiety.infer.options import EngineOptions, StreamOptions
 from moiety.serve.options import ServeOptions
 
 __all__ = ["app"]
@@ -31,6 +31,7 @@ def serve(
     backend: Annotated[str, Parameter(help="who multiplies the experts")] = "auto",
     experts_per_token: Annotated[int, Parameter(help="use this many; 0 is the model's own number")] = 0,
     engine: Annotated[EngineOptions, Parameter(name="*")] = EngineOptions(),
+    stream: Annotated[StreamOptions, Parameter(name="*")] = StreamOptions(),
     router: Annotated[str, Parameter(help="import this module:Class, which the model's config names")] = "",
 ) -> int:
     """Listen until Ctrl-C or SIGTERM; docs/serving.md has the routes and limits.
@@ -52,7 +53,14 @@ def serve(
     key = api_key or os.environ.get(KEY, "")
     check_reach(server.host, key)
     import_own_routers(router)
-    opened = open_model(path, backend=backend, experts_per_token=experts_per_token)
+    opened = open_model(
+        path,
+        backend=backend,
+        experts_per_token=experts_per_token,
+        stream=stream,
+        engine=engine,
+        say=talk().print,
+    )
     served = served_of(opened, engine, server)
     running = Server(served, key=key, version=version())
     handle_signals()

@@ -12,11 +12,17 @@ A tile is 16 rows by one group of columns, and holds everything that is needed t
 Tiles of a row block follow each other by column group, row blocks by row, experts by number. Rows are padded to 16 and
 columns to the group, with code 0, which meets only zeros. Where a matrix has two halves that meet in an activation
 (gate and up), its row blocks alternate: 16 gate rows, the 16 up rows that belong to them, and so on.
+
+An expert is the tiles of its projections, gate and up first, then zeros up to a multiple of 4096 bytes: one aligned
+read brings it from a file, and it can stand in any slot of its size.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,9 +32,23 @@ from moiety.errors import FormatError
 from moiety.formats import Format
 from moiety.formats.numbers import Codes, dequantize, quantize
 
-__all__ = ["ROWS", "PackedWeight", "codes_of", "pack", "pack_codes", "shape_of", "tile_bytes", "unpack"]
+__all__ = [
+    "EXPERT_MULTIPLE",
+    "ROWS",
+    "PackedWeight",
+    "Projection",
+    "codes_of",
+    "expert_bytes",
+    "pack",
+    "pack_codes",
+    "projections_in",
+    "shape_of",
+    "tile_bytes",
+    "unpack",
+]
 
 ROWS = 16
+EXPERT_MULTIPLE = 4096  # bytes of an expert, and its place in a file: what direct reads ask for
 
 
 def tile_bytes(form: Format) -> int:
@@ -46,7 +66,7 @@ class PackedWeight:
         rows: Of one matrix, both halves of an interleaved one counted.
         columns: What is multiplied over.
         interleaved: The first and the second half of the rows alternate, block by block.
-        tiles: uint8 (E, row blocks, groups, bytes of a tile).
+        tiles: uint8 (E, row blocks, groups, bytes of a tile); the matrices may lie apart, each one lies together.
     """
 
     form: Format
@@ -77,6 +97,39 @@ def shape_of(
     """The shape of a weight's tiles."""
     halves = 2 if interleaved else 1
     return experts, halves * -(-rows // halves // ROWS), -(-columns // form.group), tile_bytes(form)
+
+
+class Projection(NamedTuple):
+    """One projection of an expert as it is packed; fields as of `PackedWeight`."""
+
+    form: Format
+    rows: int
+    columns: int
+    interleaved: bool
+
+    def shape(self, experts: int) -> tuple[int, int, int, int]:
+        """Of the tiles of so many."""
+        return shape_of(
+            self.form, experts=experts, rows=self.rows, columns=self.columns, interleaved=self.interleaved
+        )
+
+
+def expert_bytes(projections: Sequence[Projection]) -> int:
+    """Of one expert with these projections, and the zeros behind them."""
+    needed = sum(math.prod(one.shape(1)) for one in projections)
+    return -(-needed // EXPERT_MULTIPLE) * EXPERT_MULTIPLE
+
+
+def projections_in(tiles: Tensor, projections: Sequence[Projection]) -> list[PackedWeight]:
+    """Each projection of the experts in `tiles`, uint8 (E, at least `expert_bytes`), as a view of them."""
+    found, at = [], 0
+    for one in projections:
+        shape = one.shape(len(tiles))
+        size = math.prod(shape[1:])
+        view = tiles[:, at : at + size].view(shape)
+        found.append(PackedWeight(**one._asdict(), experts=len(tiles), tiles=view))
+        at += size
+    return found
 
 
 def _into_blocks(values: Tensor, interleaved: bool, columns: int) -> Tensor:

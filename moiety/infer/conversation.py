@@ -11,6 +11,7 @@ from moiety.infer.engine import Engine
 from moiety.infer.generate import generate
 from moiety.infer.open import Opened
 from moiety.infer.options import EngineOptions, RequestOptions, SamplingOptions
+from moiety.observe.record import Recorder
 
 __all__ = ["Conversation"]
 
@@ -29,6 +30,7 @@ class Conversation:
         sampling: What to draw from.
         plain: Generate one token after the other, without the engine.
         options: Of the engine, which works on one request at a time.
+        recorder: Takes the routing of every step.
 
     Raises:
         ConfigError: a model that only plain generation can run.
@@ -44,11 +46,15 @@ class Conversation:
         sampling: SamplingOptions | None = None,
         plain: bool = False,
         options: EngineOptions | None = None,
+        recorder: Recorder | None = None,
     ) -> None:
         self._opened, self._max_tokens = opened, max_tokens
         self._sampling = SamplingOptions() if sampling is None else sampling
         one = replace(options or EngineOptions(), max_requests=1)
-        self._engine = None if plain else Engine(opened.model, ends=opened.ends, options=one)
+        self._engine = (
+            None if plain else Engine(opened.model, ends=opened.ends, options=one, recorder=recorder)
+        )
+        self._recorder = recorder
         self._template = opened.tokenizer.chat_template
         if system and self._template is None:
             raise UsageError("this model has no chat template: there is no place for a system message")
@@ -83,7 +89,13 @@ class Conversation:
     def _stream(self, ids: Sequence[int]) -> Iterator[int]:
         """Tokens after these; pages keep what was computed, so a turn costs its own tokens only."""
         if self._engine is None:
-            return generate(self._opened.model, ids, max_tokens=self._max_tokens, sampling=self._sampling)
+            return generate(
+                self._opened.model,
+                ids,
+                max_tokens=self._max_tokens,
+                sampling=self._sampling,
+                recorder=self._recorder,
+            )
         return self._engine.stream(ids, RequestOptions(max_tokens=self._max_tokens, sampling=self._sampling))
 
     def _ids(self) -> list[int]:

@@ -21,23 +21,32 @@ from typing import final
 import torch
 from torch import Tensor
 
-from moiety.config import ModelConfig, require
 from moiety.errors import BusyError, ConfigError, MoietyError, UsageError
 from moiety.infer.drafts import Drafter
+from moiety.infer.offload import StoreStatistics, store_of
 from moiety.infer.options import EngineOptions, RequestOptions
 from moiety.infer.pages import Pages
 from moiety.infer.request import Constraint, Drawn, Reason, Request, State
+from moiety.infer.room import AUTOMATIC_BYTES, page_count
 from moiety.infer.routed import RoutedExperts
 from moiety.infer.runner import Outcome, Runner, imbalance
 from moiety.infer.scheduler import Scheduler, Slice
 from moiety.infer.stops import AnswerText
-from moiety.model.paged import PagePool
 from moiety.model.tokenizer import TextStream, Tokenizer
 from moiety.model.transformer import Transformer
+from moiety.observe.record import Recorder
 
-__all__ = ["Engine", "Event", "Handle", "Result", "Statistics", "check_model", "page_count"]
+__all__ = [
+    "AUTOMATIC_BYTES",
+    "Engine",
+    "Event",
+    "Handle",
+    "Result",
+    "Statistics",
+    "check_model",
+    "page_count",
+]
 
-AUTOMATIC_BYTES = 2**30
 WINDOW_STEPS = 256
 Listener = Callable[["Event"], None]
 
@@ -117,6 +126,7 @@ class Statistics:
         drafting: Whether guessing is on, and why.
         tokens_per_s: Tokens of answers over the time of the last steps.
         imbalance: Pairs of the busiest expert over the mean of all, in the last step, the mean over layers.
+        experts: What the store of experts has done; None where all are in memory.
     """
 
     running: int
@@ -135,36 +145,7 @@ class Statistics:
     drafting: str
     tokens_per_s: float
     imbalance: float
-
-
-def page_count(config: ModelConfig, options: EngineOptions, dtype: torch.dtype) -> tuple[int, int]:
-    """How many pages there will be, and the longest sequence in tokens.
-
-    Args:
-        config: The model's.
-        options: Bytes, page size and longest sequence.
-        dtype: Of keys and values.
-
-    Raises:
-        ConfigError: sequences longer than the model's, or too few bytes for one of them.
-    """
-    size, seen = options.page_tokens, config.max_positions
-    asked = options.max_positions
-    require(asked <= seen, f"max_positions is {asked}; the model was made for {seen}")
-    longest = asked or seen
-    page_bytes = PagePool(config, 1, size, dtype=dtype).page_bytes
-    fitting, needed = (options.kv_bytes or AUTOMATIC_BYTES) // page_bytes, -(-longest // size)
-    if options.kv_bytes == 0 and asked == 0:
-        needed = min(needed, max(fitting, 1))
-        longest = min(longest, needed * size)
-    elif options.kv_bytes == 0:
-        fitting = max(fitting, needed)
-    require(
-        fitting >= needed,
-        f"kv_bytes is {options.kv_bytes}; one sequence of {longest} tokens needs {needed * page_bytes}",
-        f"give that much, or set max_positions to {fitting * size}" if fitting else "give that much",
-    )
-    return max(needed, min(fitting, needed * options.max_requests)), longest
+    experts: StoreStatistics | None = None
 
 
 def check_model(model: Transformer) -> None:
@@ -245,6 +226,7 @@ class Engine:
         tokenizer: For prompts and answers as text, and for where an answer ends; None works on tokens alone.
         ends: Tokens that end an answer; None is the tokenizer's.
         options: Memory, steps and limits.
+        recorder: Takes the routing of every step.
 
     Raises:
         ConfigError: options that do not fit the model, or a model that cannot be batched.
@@ -258,14 +240,17 @@ class Engine:
         *,
         ends: frozenset[int] | None = None,
         options: EngineOptions | None = None,
+        recorder: Recorder | None = None,
     ) -> None:
         check_model(model)
         self.options = options = EngineOptions() if options is None else options
         dtype = self.kv_dtype(model, options)
-        count, self.max_positions = page_count(model.config, options, dtype)
+        self._store = store_of(model)
+        automatic_bytes = AUTOMATIC_BYTES if self._store is None else self._store.kv_bytes
+        count, self.max_positions = page_count(model.config, options, dtype, automatic_bytes)
         self._tokenizer, self._vocabulary = tokenizer, model.config.vocab_size
         self._ends = ends if ends is not None else frozenset({tokenizer.end_id} if tokenizer else ())
-        self._runner = Runner(model, count, options.page_tokens, dtype)
+        self._runner = Runner(model, count, options.page_tokens, dtype, recorder)
         self._drafter = Drafter(model.config, options.draft) if options.draft else None
         self._scheduler = Scheduler(
             Pages(count, options.page_tokens, prefix_cache=options.prefix_cache),
@@ -389,8 +374,11 @@ class Engine:
     def step(self) -> list[Event]:
         """Make one step; what happened since the last one. Empty when there is nothing to do.
 
+        Where the model cannot be run for a reason that has words, such as a disk that fails, they end every request of
+        the step.
+
         Raises:
-            MoietyError, RuntimeError: the model could not be run; every request of the step has ended with an error.
+            RuntimeError: the model could not be run for another reason; every request of the step has ended too.
         """
         with self._stepping:
             self._step()
@@ -487,6 +475,7 @@ class Engine:
             drafting="off: not asked for" if self._drafter is None else self._drafter.reason,
             tokens_per_s=sum(tokens for _, tokens in recent) / busy_s if busy_s else 0.0,
             imbalance=imbalance(list(self._runner.counts.values())),
+            experts=None if self._store is None else self._store.statistics(),
         )
 
     @property
@@ -526,19 +515,31 @@ class Engine:
         slices = self._scheduler.schedule()
         if not slices:
             return
+        before = None if self._store is None else self._store.statistics()
         try:
             outcomes = self._runner.run(slices)
+        except MoietyError as error:
+            self._fail(slices, str(error))
+            return
         except BaseException as error:
-            for piece in slices:
-                self._end(piece.request, "error", f"the step failed: {type(error).__name__}")
+            self._fail(slices, f"the step failed: {type(error).__name__}")
             raise
         now_s, drawn = time.perf_counter(), 0
+        if self._store is not None and before is not None:
+            after = self._store.statistics()
+            for piece in slices:
+                if isinstance(piece.request.routed, RoutedExperts):
+                    piece.request.routed.read(after.hits - before.hits, after.misses - before.misses)
         for piece, outcome in zip(slices, outcomes, strict=True):
             drawn += self._settle(piece, outcome, now_s)
         self._steps += 1
         self._computed += sum(len(piece.tokens) for piece in slices)
         self._drawn += drawn
         self._recent.append((time.perf_counter() - begun_s, drawn))
+
+    def _fail(self, slices: Sequence[Slice], words: str) -> None:
+        for piece in slices:
+            self._end(piece.request, "error", words)
 
     def _settle(self, piece: Slice, outcome: Outcome, now_s: float) -> int:
         """Take what came of a slice; how many tokens that was."""

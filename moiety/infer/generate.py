@@ -11,6 +11,7 @@ from moiety.infer.options import SamplingOptions
 from moiety.infer.sampling import Draw, sample
 from moiety.model.context import KVCache
 from moiety.model.transformer import Transformer
+from moiety.observe.record import Recorder, Span
 
 __all__ = ["generate"]
 
@@ -23,6 +24,7 @@ def generate(
     sampling: SamplingOptions | None = None,
     end_id: int | None = None,
     logit_bias: Mapping[int, float] | None = None,
+    recorder: Recorder | None = None,
 ) -> Iterator[int]:
     """Continue a prompt, yielding each token as it is drawn.
 
@@ -33,6 +35,7 @@ def generate(
         sampling: What to draw from; the defaults of `SamplingOptions` when None.
         end_id: Stop after this token, which is yielded too.
         logit_bias: Added to the logits of these tokens.
+        recorder: Takes the routing of every token.
 
     Raises:
         UsageError: an empty prompt, a token outside the vocabulary, or max_tokens below 1.
@@ -48,7 +51,7 @@ def generate(
             )
     if max_tokens < 1:
         raise UsageError(f"max_tokens is {max_tokens}; it must be positive")
-    return _tokens(model, prompt, max_tokens, sampling or SamplingOptions(), end_id, bias)
+    return _tokens(model, prompt, max_tokens, sampling or SamplingOptions(), end_id, bias, recorder)
 
 
 @torch.inference_mode()
@@ -59,13 +62,18 @@ def _tokens(
     sampling: SamplingOptions,
     end_id: int | None,
     bias: Mapping[int, float],
+    recorder: Recorder | None,
 ) -> Iterator[int]:
     weight = model.embed.weight
     answer: list[int] = []
     cache = KVCache(model.config, 1, len(prompt) + max_tokens, dtype=weight.dtype, device=weight.device)
     fresh = torch.tensor([list(prompt)], device=weight.device)
+    request = 0 if recorder is None else recorder.next_request
     for _ in range(max_tokens):
         output = model(fresh, cache=cache)
+        if recorder is not None:
+            new = answer[-1:] or list(prompt)
+            recorder.add(output.routing, [Span(request, len(prompt) + len(answer) - len(new), new)])
         draw = Draw(options=sampling, prompt=prompt, answer=answer, bias=bias)
         token = int(sample(output.last_logits, [draw]))
         yield token

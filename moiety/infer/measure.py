@@ -13,6 +13,7 @@ import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
 
@@ -22,15 +23,21 @@ from torch import Tensor, nn
 from moiety import cost
 from moiety.backends import cpu
 from moiety.backends.cpu_limits import multiply_rate, read_all
+from moiety.config import ModelConfig
 from moiety.errors import MoietyError, UsageError
 from moiety.infer.engine import Engine, Handle
-from moiety.infer.options import BenchOptions, EngineOptions, RequestOptions, SamplingOptions
+from moiety.infer.offload import store_of
+from moiety.infer.options import BenchOptions, EngineOptions, RequestOptions, SamplingOptions, StreamOptions
 from moiety.infer.runner import imbalance
+from moiety.infer.streaming import load_streamed
+from moiety.model import checkpoint
 from moiety.model.paged import PagePool
 from moiety.model.slots import packed_matrices
 from moiety.model.transformer import Block, Transformer
 from moiety.moe.layer import MoE
 from moiety.moe.packed import MixedExperts
+from moiety.moe.streamed import StreamedExperts
+from moiety.observe.record import Recorder
 
 __all__ = [
     "Decoding",
@@ -40,6 +47,8 @@ __all__ = [
     "Weights",
     "decoding",
     "knee",
+    "largest_engine",
+    "model_at",
     "multiplies_integers",
     "percentile",
     "prefill",
@@ -144,6 +153,9 @@ def weights_of(model: Transformer) -> Weights:
         assert isinstance(block, Block), type(block)
         if isinstance(block.feed_forward, MoE):
             mine = block.feed_forward.experts
+            if isinstance(mine, StreamedExperts):
+                experts[layer] = tuple(mine.expert_bytes[number] for number in range(mine.count))
+                continue
             stacks = [(mine, range(mine.count))]
             if isinstance(mine, MixedExperts):
                 stacks = list(zip(mine.parts, mine.numbers, strict=True))  # type: ignore[arg-type]
@@ -151,7 +163,8 @@ def weights_of(model: Transformer) -> Weights:
             experts[layer] = tuple(found[number] for number in sorted(found))
     has_own_head = any(part.dim() > 1 for part in (model.head or nn.Module()).state_dict().values())
     dense = _bytes_of(model) - (model.embed.weight.nbytes if has_own_head else 0)
-    return Weights(dense - round(sum(map(sum, experts.values()))), experts)
+    held = 0 if store_of(model) else round(sum(map(sum, experts.values())))
+    return Weights(dense - held, experts)
 
 
 def multiplies_integers(model: Transformer) -> bool:
@@ -183,7 +196,15 @@ def prefill_operations(model: Transformer, tokens: int) -> int:
     return tokens * once.total - (tokens - 1) * once.components["head"]
 
 
-def _engine(model: Transformer, sequences: int, prompt: int, tokens: int, kv_dtype: str, step: int) -> Engine:
+def _engine(
+    model: Transformer,
+    sequences: int,
+    prompt: int,
+    tokens: int,
+    kv_dtype: str,
+    step: int,
+    recorder: Recorder | None = None,
+) -> Engine:
     """An engine in which so many sequences have room at the same time."""
     longest, most = prompt + tokens - 1, model.config.max_positions
     if sequences > 1:  # a prompt is let in when every sequence that runs has a page in reserve
@@ -197,6 +218,7 @@ def _engine(model: Transformer, sequences: int, prompt: int, tokens: int, kv_dty
     page_bytes = PagePool(model.config, 1, 16, dtype=Engine.kv_dtype(model, small)).page_bytes
     return Engine(
         model,
+        recorder=recorder,
         options=EngineOptions(
             kv_bytes=sequences * -(-longest // 16) * page_bytes,
             kv_dtype=kv_dtype,
@@ -205,6 +227,33 @@ def _engine(model: Transformer, sequences: int, prompt: int, tokens: int, kv_dty
             max_requests=sequences,
             prefix_cache=False,
         ),
+    )
+
+
+def largest_engine(config: ModelConfig, options: BenchOptions) -> EngineOptions:
+    """An engine that holds as much as the largest of those that `run` makes, for a budget of memory."""
+    lengths = [min(length, config.max_positions) for length in options.lengths]
+    each = max(options.prompt + options.tokens, -(-options.prompt // 16) * 16 + 16)
+    dtype = {"bf16": torch.bfloat16}.get(options.kv_dtype, torch.float32)
+    pages = max([-(-length // 16) for length in lengths] + [size * -(-each // 16) for size in options.sizes])
+    return EngineOptions(
+        kv_bytes=pages * PagePool(config, 1, 16, dtype=dtype).page_bytes
+        + BUFFER_BYTES,  # it is read for the limit
+        kv_dtype=options.kv_dtype,
+        max_positions=min(max([*lengths, each]), config.max_positions),
+        step_tokens=max([*lengths, *(size * options.prompt for size in options.sizes)]),
+        max_requests=max(options.sizes),
+    )
+
+
+def model_at(
+    place: Path, options: BenchOptions, stream: StreamOptions, packed: bool, say: Callable[[str], None]
+) -> Transformer:
+    """The model to measure; `packed` as of `checkpoint.load`, `say` as of `load_streamed`, and the errors of both."""
+    if not stream.memory:
+        return checkpoint.load(place, packed=packed).eval()
+    return load_streamed(
+        place, stream, engine=largest_engine(checkpoint.load_config(place), options), say=say
     )
 
 
@@ -237,6 +286,7 @@ def decoding(
     tokens: int = 32,
     kv_dtype: str = "auto",
     memory: Tensor | None = None,
+    recorder: Recorder | None = None,
 ) -> Decoding:
     """Let sequences of random tokens go on together, greedily, after a short round that does not count.
 
@@ -247,13 +297,14 @@ def decoding(
         tokens: That each draws, at least two.
         kv_dtype: Of `EngineOptions`.
         memory: To read for the limit, larger than caches; None makes some.
+        recorder: Takes the routing of every step, those of the short round too.
 
     Raises:
         UsageError: more tokens than the model has positions.
         MoietyError: logits that are not finite.
     """
     assert tokens >= 2, tokens
-    engine = _engine(model, sequences, prompt, tokens, kv_dtype, sequences * prompt)
+    engine = _engine(model, sequences, prompt, tokens, kv_dtype, sequences * prompt, recorder)
     _run(engine, _answered(engine, model, sequences, prompt, 2))
     rate = read_rate(torch.ones(BUFFER_BYTES, dtype=torch.uint8) if memory is None else memory)
     handles = _answered(engine, model, sequences, prompt, tokens)
@@ -283,14 +334,21 @@ def decoding(
     )
 
 
-def prefill(model: Transformer, tokens: int, *, kv_dtype: str = "auto", repeats: int = 3) -> Prefill:
+def prefill(
+    model: Transformer,
+    tokens: int,
+    *,
+    kv_dtype: str = "auto",
+    repeats: int = 3,
+    recorder: Recorder | None = None,
+) -> Prefill:
     """The median of some random prompts, one after the other, in the steps that an engine makes of them.
 
     Raises:
         UsageError: more tokens than the model has positions.
         MoietyError: logits that are not finite.
     """
-    engine = _engine(model, 1, tokens, 1, kv_dtype, EngineOptions().step_tokens)
+    engine = _engine(model, 1, tokens, 1, kv_dtype, EngineOptions().step_tokens, recorder)
     seconds = []
     for _ in range(repeats + 1):
         handles = _answered(engine, model, 1, tokens, 1)
@@ -331,13 +389,19 @@ def knee(rows: Sequence[Decoding]) -> Knee | None:
     return Knee(here.sequences, f"{change}: {here.sequences} is {end}")
 
 
-def run(model: Transformer, options: BenchOptions, say: Callable[[str], object]) -> Report:
+def run(
+    model: Transformer,
+    options: BenchOptions,
+    say: Callable[[str], object],
+    recorder: Recorder | None = None,
+) -> Report:
     """Measure prompts, then batches.
 
     Args:
         model: In evaluation mode.
         options: Which.
         say: Called with a line before each.
+        recorder: Takes the routing of every step.
 
     Raises:
         UsageError, MoietyError, ConfigError: as of `decoding` and of the engine.
@@ -345,12 +409,12 @@ def run(model: Transformer, options: BenchOptions, say: Callable[[str], object])
     prompts, rows = [], []
     for length in sorted({min(length, model.config.max_positions) for length in options.lengths}):
         say(f"a prompt of {length} tokens")
-        prompts.append(prefill(model, length, kv_dtype=options.kv_dtype))
+        prompts.append(prefill(model, length, kv_dtype=options.kv_dtype, recorder=recorder))
     memory = torch.ones(BUFFER_BYTES, dtype=torch.uint8)
     how = {"prompt": options.prompt, "tokens": options.tokens}
     for size in options.sizes:
         say(f"{size} sequences")
-        rows.append(decoding(model, size, **how, kv_dtype=options.kv_dtype, memory=memory))
+        rows.append(decoding(model, size, **how, kv_dtype=options.kv_dtype, memory=memory, recorder=recorder))
     return Report(prompts, rows, knee(rows))
 
 

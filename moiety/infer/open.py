@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from moiety.errors import ConfigError, UsageError
-from moiety.model import hub
-from moiety.model.checkpoint import load
+from moiety.infer.offload import silent
+from moiety.infer.options import EngineOptions, StreamOptions
+from moiety.infer.streaming import load_streamed
+from moiety.model import checkpoint, hub
+from moiety.model import load as any_model
 from moiety.model.convert import end_tokens, read_tokenizer
+from moiety.model.switch import SwitchTransformer
 from moiety.model.tokenizer import Tokenizer
 from moiety.model.transformer import Transformer
 from moiety.moe.layer import MoE
 from moiety.moe.routers import with_k
 
-__all__ = ["Opened", "find_checkpoint", "open_model", "set_experts_per_token"]
+__all__ = ["Opened", "find_checkpoint", "load", "open_model", "set_experts_per_token"]
 
 
 class Opened(NamedTuple):
@@ -65,21 +70,65 @@ def set_experts_per_token(model: Transformer, k: int) -> None:
         layer.router = router
 
 
-def open_model(path: str | Path, *, backend: str = "auto", experts_per_token: int = 0) -> Opened:
+def load(
+    path: str | Path,
+    *,
+    memory: str | int = "",
+    engine: EngineOptions | None = None,
+    revision: str | None = None,
+    say: Callable[[str], None] = silent,
+    **options: Any,
+) -> Transformer | SwitchTransformer:
+    """Read a model; a packed one within a budget of memory, if one is given (docs/streaming.md).
+
+    Args:
+        path: As for `moiety.model.load.load`, whose other options are taken too.
+        memory: Of the whole process, in bytes or as 12GiB; experts that do not fit are read when they are wanted.
+        engine: What the engine will be given, whose memory is counted.
+        revision: Branch, tag or commit on the hub.
+        say: Told how the memory is divided.
+
+    Raises:
+        BudgetError: the model cannot be run within so little.
+        UsageError: a budget, and a model that is not packed.
+        MoietyError: as `moiety.model.load.load`.
+    """
+    if not memory:
+        return any_model.load(path, revision=revision, **options)
+    place = hub.resolve(path, revision=revision)
+    return load_streamed(place, StreamOptions(memory=str(memory)), engine=engine, say=say, **options)
+
+
+def open_model(
+    path: str | Path,
+    *,
+    backend: str = "auto",
+    experts_per_token: int = 0,
+    stream: StreamOptions | None = None,
+    engine: EngineOptions | None = None,
+    say: Callable[[str], None] = silent,
+) -> Opened:
     """Load a model and the tokenizer beside it, ready to generate.
 
     Args:
         path: A checkpoint or run folder, a GGUF file, or `owner/name` on the hub.
         backend: Who multiplies the experts.
         experts_per_token: Use this many instead of the model's own; 0 keeps its own.
+        stream: With its `memory`, the model is loaded within so much.
+        engine: What the engine will be given, whose memory is counted.
+        say: Told how the memory is divided.
 
     Raises:
+        BudgetError: the model cannot be run within so little memory.
         ConfigError: that many experts per token are not possible.
         UsageError: nothing to load there.
         FormatError: a file is missing, damaged or of an unknown layout.
     """
     folder = find_checkpoint(path)
-    model = load(folder, backend=backend)
+    if stream is None or not stream.memory:
+        model = checkpoint.load(folder, backend=backend)
+    else:
+        model = load_streamed(folder, stream, engine=engine, backend=backend, say=say)
     if experts_per_token:
         set_experts_per_token(model, experts_per_token)
     tokenizer = read_tokenizer(folder)

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Literal
 
 from moiety.config import check_types, option, require
 from moiety.errors import ConfigError
+from moiety.fields import size_bytes
+from moiety.residency import POLICIES
 
-__all__ = ["BenchOptions", "EngineOptions", "RequestOptions", "SamplingOptions", "biases_named"]
+__all__ = [
+    "BenchOptions",
+    "EngineOptions",
+    "RecordOptions",
+    "RequestOptions",
+    "SamplingOptions",
+    "StreamOptions",
+    "biases_named",
+]
 
 KV_DTYPES = ("auto", "fp32", "bf16")
 MOST_BIASES, MOST_STOPS, LONGEST_STOP, MOST_LOGPROBS = 1024, 64, 1024, 100
@@ -135,6 +146,64 @@ class EngineOptions:
             self.step_tokens >= self.max_requests,
             f"step_tokens is {self.step_tokens}, max_requests is {self.max_requests}",
             "every request takes at least one token of a step: raise step_tokens or lower max_requests",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamOptions:
+    """How a packed model is run in less memory than it has bytes: its experts come from disk when they are wanted."""
+
+    memory: str = option("", help="of the whole process, 12GiB for instance; '' holds all experts")
+    expert_policy: str = option("auto", help=f"who makes room: auto, {', '.join(POLICIES)}")
+    prefetch: bool = option(True, help="read the next layer's likely experts while the disk is idle")
+    resident_bias: float = option(
+        0.0, help="score by which experts on disk are set back; above 0 changes answers"
+    )
+    skip_misses_below: float = option(
+        0.0, help="leave out experts on disk of less weight; above 0 changes answers"
+    )
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        for name in ("resident_bias", "skip_misses_below"):
+            require(0 <= getattr(self, name) <= 1, f"{name} is {getattr(self, name)}; allowed is 0 to 1")
+        known = ("auto", *POLICIES)
+        require(
+            self.expert_policy in known,
+            f"expert_policy is {self.expert_policy!r}; allowed are {', '.join(known)}",
+        )
+        if self.memory:
+            size_bytes(self.memory, "memory")
+        elif any(getattr(self, item.name) != item.default for item in fields(self)):
+            raise ConfigError(
+                "options of streaming are given and memory is not", hint="say how much: --memory 12GiB"
+            )
+
+    @property
+    def memory_bytes(self) -> int:
+        """The budget; 0 is none."""
+        return size_bytes(self.memory, "memory") if self.memory else 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordOptions:
+    """What to keep of a run's routing."""
+
+    record: str = option("", help="write the routing of this run to this file; '' writes none")
+    record_level: Literal["counts", "choices", "scores"] = option(
+        "choices", help="counts of each expert, choices of each token, or scores too: weights and all scores"
+    )
+    record_sample: int = option(1, help="keep one stretch of about a thousand tokens in so many")
+    record_bytes: int = option(1 << 30, help="largest file; what comes after is dropped, and counted")
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        for name in ("record_sample", "record_bytes"):
+            require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be positive")
+        require(
+            bool(self.record) or all(getattr(self, one.name) == one.default for one in fields(self)),
+            "there are options of a record, and no file for it",
+            "add --record FILE",
         )
 
 

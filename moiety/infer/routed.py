@@ -28,6 +28,7 @@ class RoutedExperts:
 
     def __init__(self, limit_bytes: int = LIMIT_BYTES) -> None:
         self._limit_bytes = limit_bytes
+        self.hits = self.misses = 0
         self._begin()
 
     def _begin(self) -> None:
@@ -60,6 +61,11 @@ class RoutedExperts:
             self._steps.append(chosen)
         self.tokens += count
 
+    def read(self, hits: int, misses: int) -> None:
+        """Take what a step, all its requests together, found in memory and what came from disk."""
+        self.hits += hits
+        self.misses += misses
+
     def experts(self) -> np.ndarray[Any, Any]:
         """Each kept token's experts, the one of most weight first: (T, L, K), over the layers that have experts.
 
@@ -82,9 +88,11 @@ class RoutedExperts:
         return found_TLK
 
     def summary(self) -> dict[str, Any]:
-        """Counts in short: tokens, those whose experts were not kept, and `load_summary` of each layer."""
+        """Counts in short: tokens, those whose experts were not kept, `load_summary` of each layer, what was read."""
         layers = [{"layer": layer, **load_summary(counts_E)} for layer, counts_E in self.counts.items()]
-        return {"tokens": self.tokens, "dropped_tokens": self.dropped, "layers": layers}
+        found = {"tokens": self.tokens, "dropped_tokens": self.dropped, "layers": layers}
+        streamed = {"expert_hits": self.hits, "expert_misses": self.misses}
+        return found | (streamed if self.hits or self.misses else {})
 
 
 def load_summary(counts_E: Tensor) -> dict[str, Any]:

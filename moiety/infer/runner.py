@@ -16,6 +16,7 @@ from moiety.infer.sampling import Draw, best, not_finite, sample
 from moiety.infer.scheduler import Slice
 from moiety.model.paged import PagedStep, PagePool
 from moiety.model.transformer import ModelOutput, Transformer
+from moiety.observe.record import Recorder, Span
 
 __all__ = ["Outcome", "Runner", "imbalance"]
 
@@ -40,11 +41,21 @@ class Runner:
         pages: How many pages its memory has.
         page_tokens: Tokens of each.
         kv_dtype: Of keys and values.
+        recorder: Takes the routing of every step.
     """
 
-    def __init__(self, model: Transformer, pages: int, page_tokens: int, kv_dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        pages: int,
+        page_tokens: int,
+        kv_dtype: torch.dtype,
+        recorder: Recorder | None = None,
+    ) -> None:
         self._model = model
         self.pool = PagePool(model.config, pages, page_tokens, dtype=kv_dtype)
+        self._recorder = recorder
+        self._first_request = 0 if recorder is None else recorder.next_request
         self.counts: Mapping[int, Tensor] = {}  # pairs of each expert in the last step, by layer
         self.totals: dict[int, Tensor] = {}  # and in all steps
 
@@ -62,6 +73,12 @@ class Runner:
         self.counts = {layer: routing.counts_E for layer, routing in output.routing.items()}
         for layer, counts_E in self.counts.items():
             self.totals[layer] = counts_E + self.totals.get(layer, 0)
+        if self._recorder is not None:
+            numbers = [self._first_request + piece.request.number for piece in slices]
+            spans = [
+                Span(*one) for one in zip(numbers, [piece.start for piece in slices], tokens, strict=True)
+            ]
+            self._recorder.add(output.routing, spans)
         finite_T = output.hidden[0].isfinite().all(-1).tolist()
         rows: list[int] = []
         firsts, first = [], 0

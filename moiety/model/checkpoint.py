@@ -23,8 +23,8 @@ from moiety.config import ModelConfig
 from moiety.errors import ConfigError, FormatError, UsageError
 from moiety.formats import FORMATS
 from moiety.formats.numbers import Codes
-from moiety.formats.tiles import PackedWeight, pack_codes
-from moiety.model import hub, layout, quantized, slots
+from moiety.formats.tiles import EXPERT_MULTIPLE, PackedWeight, pack_codes
+from moiety.model import expert_file, hub, layout, quantized, slots
 from moiety.model.families import OWN, Family, FamilyChoice, Match, Piece, family_for, family_of
 from moiety.model.packed import WEIGHT_DTYPES, Packing, Weight, packing_of
 from moiety.model.tensor_file import (
@@ -39,6 +39,7 @@ from moiety.model.transformer import Transformer
 __all__ = [
     "Entry",
     "is_gguf",
+    "is_packed",
     "load",
     "load_config",
     "load_extra",
@@ -119,7 +120,7 @@ def load(
 
         return gguf.load_gguf(place, dtype=dtype, backend=backend, packed=packed)
     folder = layout.checked_folder(place)
-    if _is_tiles(folder):
+    if is_packed(folder):
         return quantized.load_quantized(folder, backend=backend, dtype=dtype)
     with _opened(folder, match) as stored:
         with torch.device("meta"):  # shapes alone: the weights come from the files
@@ -182,7 +183,7 @@ def is_gguf(path: Path) -> bool:
     return path.suffix == ".gguf" and not path.is_dir()
 
 
-def _is_tiles(folder: Path) -> bool:
+def is_packed(folder: Path) -> bool:
     """True for a folder that `quantized` wrote; whether `config.json` is sound is for whoever reads it."""
     values = storage.read_json(storage.inside(folder, "config.json"))
     said = values.get("quantization_config")
@@ -229,7 +230,8 @@ def write_model(
         tokenizer.save(folder)
     layout.write_shards(folder, entries, max_shard_bytes)
     if tiles:
-        write_tensors(folder / layout.TILES, tiles)
+        ordered = expert_file.entries_in_order(model, tiles)
+        write_tensors(folder / layout.TILES, ordered, multiple=EXPERT_MULTIPLE)
     return choice
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Mapping, MutableMapping, Sequence
+from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
-from moiety.formats import FORMATS
-from moiety.formats.tiles import PackedWeight, pack
+from moiety.formats import FORMATS, Format
+from moiety.formats.tiles import PackedWeight, Projection, expert_bytes, pack, projections_in
 from moiety.model.transformer import Transformer
 from moiety.moe.experts import Experts, FeedForward
 from moiety.moe.packed import MixedExperts, PackedExperts, PackedFeedForward, PackedLinear
@@ -22,6 +23,7 @@ __all__ = [
     "kind_of",
     "packed_matrices",
     "pair_of",
+    "room",
     "slots",
     "source_of",
 ]
@@ -56,10 +58,17 @@ class Slot(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Packed weights of a module by leaf; `numbers` are the experts they are of, None means all."""
+    """Packed weights of a module.
+
+    Args:
+        weights: By leaf.
+        numbers: The experts they are of; None means all.
+        tiles: Of routed experts the buffer that all weights are views of; None where they are not yet.
+    """
 
     weights: Mapping[str, PackedWeight]
     numbers: tuple[int, ...] | None = None
+    tiles: Tensor | None = None
 
 
 def kind_of(name: str) -> Kind:
@@ -114,6 +123,23 @@ def source_of(model: Transformer, parameter: str) -> Tensor:
     return model.get_parameter(parameter)
 
 
+def room(group: Sequence[Slot], forms: Sequence[Format], numbers: tuple[int, ...] | None = None) -> Group:
+    """Place for what a module's matrices are packed in, all of its experts or some: tiles without meaning."""
+    parts = [
+        Projection(form, slot.rows, slot.columns, slot.interleaved)
+        for slot, form in zip(group, forms, strict=True)
+    ]
+    leaves, experts = [slot.leaf for slot in group], len(numbers) if numbers else group[0].experts
+    if kind_of(group[0].path) == "experts":
+        tiles = torch.zeros(experts, expert_bytes(parts), dtype=torch.uint8)
+        return Group(dict(zip(leaves, projections_in(tiles, parts), strict=True)), numbers, tiles)
+    weights = {}
+    for leaf, part in zip(leaves, parts, strict=True):
+        alone = torch.empty(part.shape(experts), dtype=torch.uint8)
+        weights[leaf] = PackedWeight(**part._asdict(), experts=experts, tiles=alone)
+    return Group(weights, numbers)
+
+
 def install(model: Transformer, path: str, groups: Sequence[Group]) -> None:
     """Put packed weights in the place of a module, whose biases they take over; it is dropped."""
     if path == "head":
@@ -142,17 +168,18 @@ def pair_of(module: Experts | FeedForward, group: Group) -> PackedExperts | Pack
         if bias is not None and group.numbers is not None:
             bias = bias[list(group.numbers)]
         made.append(PackedLinear(group.weights[leaf], bias))
-    kind = PackedExperts if isinstance(module, Experts) else PackedFeedForward
-    return kind(
-        *made,
-        activation=module.activation,
-        gated=module.gated,
-        activation_limit=module.activation_limit,
-    )
+    options: dict[str, Any] = {
+        "activation": module.activation,
+        "gated": module.gated,
+        "activation_limit": module.activation_limit,
+    }
+    if isinstance(module, Experts):
+        return PackedExperts(*made, tiles=group.tiles, **options)
+    return PackedFeedForward(*made, **options)
 
 
-def install_stored(model: Transformer, stored: Mapping[str, PackedWeight]) -> None:
-    """Put weights that were stored in blocks where they belong, by parameter.
+def install_stored(model: Transformer, stored: MutableMapping[str, PackedWeight]) -> None:
+    """Put weights that were stored in blocks where they belong, by parameter; each is taken out of `stored`.
 
     Where only one of a feed-forward's projections was, the other one is packed as the float32 numbers that it is.
     """
@@ -160,9 +187,11 @@ def install_stored(model: Transformer, stored: Mapping[str, PackedWeight]) -> No
         if any(slot.parameter in stored for slot in group):
             weights = {}
             for slot in group:
-                weights[slot.leaf] = stored.get(slot.parameter) or pack(
-                    source_of(model, slot.parameter).detach(), FORMATS["f32"], interleaved=slot.interleaved
-                )
+                if slot.parameter in stored:
+                    weights[slot.leaf] = stored.pop(slot.parameter)
+                    continue
+                source = source_of(model, slot.parameter).detach()
+                weights[slot.leaf] = pack(source, FORMATS["f32"], interleaved=slot.interleaved)
             install(model, path, [Group(weights)])
     model.requires_grad_(False)
 

@@ -197,14 +197,19 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return {name: file.read(name) for name in file.places}
 
 
-def write_tensors(file: Path, entries: Mapping[str, Entry]) -> None:
+def write_tensors(file: Path, entries: Mapping[str, Entry], *, multiple: int | None = None) -> None:
     """Write a safetensors file, fetching one tensor at a time.
+
+    Args:
+        file: Must not exist.
+        entries: By name.
+        multiple: Tensors stay in their order, and the first begins at a multiple of so many bytes. None puts wide types
+            first, and begins at a cache line, so that every tensor is aligned and can be mapped.
 
     Raises:
         OSError: the system refused.
     """
-    # Wide types first, and a header of a multiple of a cache line: then every tensor is aligned and can be mapped.
-    order = sorted(entries, key=lambda name: -entries[name].dtype.itemsize)
+    order = [*entries] if multiple else sorted(entries, key=lambda name: -entries[name].dtype.itemsize)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for name in order:
@@ -217,7 +222,7 @@ def write_tensors(file: Path, entries: Mapping[str, Entry]) -> None:
         }
         at = place[1]
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(len(text) + 8) % 64)
+    text += b" " * (-(len(text) + 8) % (multiple or 64))
     with open(file, "xb") as opened:
         opened.write(len(text).to_bytes(8, "little") + text)
         for name in order:

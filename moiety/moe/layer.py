@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from moiety.moe.dense_gradient import dense_gradient
 from moiety.moe.experts import Experts, FeedForward
 from moiety.moe.packed import MixedExperts, PackedExperts, PackedFeedForward
 from moiety.moe.routers import Router, RouterContext, compiled
+from moiety.moe.streamed import StreamedExperts
 from moiety.routing import Noise, Routing
 
 __all__ = ["MoE", "MoEOutput"]
@@ -192,7 +194,7 @@ class MoE(nn.Module):
             "gated": gated,
             **like,
         }
-        self.experts: Experts | PackedExperts | MixedExperts
+        self.experts: Experts | PackedExperts | MixedExperts | StreamedExperts
         self.experts = Experts(d_model, d_ff, experts, bias=bias, backend=backend, **shape)
         self.shared: FeedForward | PackedFeedForward | None
         self.shared = FeedForward(d_model, shared_d_ff, bias=shared_bias, **shape) if shared_d_ff else None
@@ -293,7 +295,9 @@ class MoE(nn.Module):
 
     def _compiled(self, x_TD: Tensor) -> cpu_routing.Best | None:
         """How the compiled kernel decides as this router does; None where it cannot. Only beside packed experts."""
-        packed = isinstance(self.experts, PackedExperts | MixedExperts) and bool(cpu.level())
+        packed = isinstance(self.experts, PackedExperts | MixedExperts | StreamedExperts) and bool(
+            cpu.level()
+        )
         if not packed or self.training or torch.is_grad_enabled() or self.capacity is not None:
             return None
         fits = (
@@ -302,8 +306,16 @@ class MoE(nn.Module):
         return compiled(self.router) if fits else None
 
     def _choose(self, score_TE: Tensor, context: RouterContext, sequences: int) -> Routing:
-        """The router's pairs, after what the capacity makes of them."""
+        """The router's pairs, after what the capacity makes of them; experts on disk may cost something."""
         pairs = self.router.choose(score_TE, context)
+        if context.cost_E is None and isinstance(self.experts, StreamedExperts):
+            cost_E = self.experts.cost_of(self.choices)
+            if cost_E is not None:
+                plain, pairs = (
+                    pairs,
+                    self.router.choose(score_TE, dataclasses.replace(context, cost_E=cost_E)),
+                )
+                self.experts.note(pairs, plain)
         if self.capacity is None:
             return pairs
         generator = context.generator(6)

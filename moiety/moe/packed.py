@@ -1,7 +1,8 @@
 """Layers whose weights are packed: they stand where `nn.Linear`, `Experts` and `FeedForward` stood.
 
-Their tiles (`moiety/formats/tiles.py`) are buffers of bytes, so a change of dtype leaves them alone. They are
-multiplied with on a CPU and have no gradients: asking for one is an error.
+Their tiles (`moiety/formats/tiles.py`) are buffers of bytes, so a change of dtype leaves them alone. Both projections
+of a routed expert lie together, in a buffer of the layer. They are multiplied with on a CPU and have no gradients:
+asking for one is an error.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ from torch import Tensor, nn
 
 from moiety.backends import cpu
 from moiety.errors import UsageError
-from moiety.formats.tiles import PackedWeight
+from moiety.formats.tiles import PackedWeight, Projection, expert_bytes, projections_in
 from moiety.routing import Routing
 
-__all__ = ["MixedExperts", "PackedExperts", "PackedFeedForward", "PackedLinear"]
+__all__ = ["MixedExperts", "PackedExperts", "PackedFeedForward", "PackedLinear", "only", "refuse_gradient"]
 
 
-def _refuse_gradient(*inputs: Tensor) -> None:
+def refuse_gradient(*inputs: Tensor) -> None:
+    """Raise UsageError where packed weights would have to pass a gradient on."""
     if torch.is_grad_enabled() and any(one.requires_grad for one in inputs):
         raise UsageError(
             "packed weights have no gradients, and pass none on",
@@ -30,14 +32,15 @@ def _refuse_gradient(*inputs: Tensor) -> None:
 
 def _forget(module: nn.Module, keys: Any) -> None:
     """After a state dict was loaded: what was made of the old tensors is made again."""
-    assert isinstance(module, PackedLinear), type(module)
+    assert isinstance(module, PackedLinear | PackedExperts), type(module)
     module.forget()
 
 
 class PackedLinear(nn.Module):
     """x W^T + b with a packed W, or a stack of such matrices for the layers below.
 
-    Buffers: `tiles`, uint8 (E, row blocks, groups, bytes of a tile); `bias` (F,) or (E, F), or None.
+    Buffers: `tiles`, uint8 (E, row blocks, groups, bytes of a tile), unless they are borrowed; `bias` (F,) or (E, F),
+    or None.
 
     Args:
         weight: Packed.
@@ -57,16 +60,21 @@ class PackedLinear(nn.Module):
         self._matrix: cpu.Matrix | None = None
 
     @property
+    def projection(self) -> Projection:
+        """What one matrix is."""
+        return Projection(self.form, self.rows, self.columns, self.interleaved)
+
+    @property
     def weight(self) -> PackedWeight:
         """The weights, without the bias."""
-        return PackedWeight(
-            form=self.form,
-            experts=self.experts,
-            rows=self.rows,
-            columns=self.columns,
-            interleaved=self.interleaved,
-            tiles=self.tiles,
-        )
+        return PackedWeight(**self.projection._asdict(), experts=self.experts, tiles=self.tiles)
+
+    def borrow(self, tiles: Tensor) -> None:
+        """Use tiles that another module keeps; they are no part of this one's state any more."""
+        if "tiles" in self._buffers:
+            del self.tiles
+        self.tiles = tiles
+        self.forget()
 
     @property
     def matrix(self) -> cpu.Matrix:
@@ -87,7 +95,7 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) to (..., F), in x's dtype."""
         assert self.experts == 1, self.experts
-        _refuse_gradient(x)
+        refuse_gradient(x)
         return cpu.linear(x, self.matrix)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
@@ -133,7 +141,53 @@ class _PackedPair(nn.Module):
 
 
 class PackedExperts(_PackedPair):
-    """`Experts` with packed weights; arguments as of `PackedFeedForward`, but stacks of E matrices."""
+    """`Experts` with packed weights; arguments as of `PackedFeedForward`, but stacks of E matrices.
+
+    Buffer: `tiles`, uint8 (E, `expert_bytes`), of which the tiles of both projections are views.
+
+    Args:
+        tiles: The buffer where they are views of it already; None copies them into one.
+    """
+
+    tiles: Tensor
+
+    def __init__(
+        self, up: PackedLinear, down: PackedLinear, *, tiles: Tensor | None = None, **options: Any
+    ) -> None:
+        super().__init__(up, down, **options)
+        if tiles is None:
+            size = expert_bytes([up.projection, down.projection])
+            tiles = torch.zeros(up.experts, size, dtype=torch.uint8, device=up.tiles.device)
+            for part, view in zip((up, down), projections_in(tiles, self.projections), strict=True):
+                view.tiles.copy_(part.tiles)
+        self.register_buffer("tiles", tiles)
+        self.register_load_state_dict_post_hook(_forget)
+        self.forget()
+
+    @property
+    def projections(self) -> list[Projection]:
+        """What each expert is, in the order of its bytes."""
+        return [part.projection for part in self.pair]
+
+    @property
+    def pair(self) -> list[PackedLinear]:
+        """Gate and up, and down."""
+        parts = [self.get_submodule(self.up_name), self.down]
+        return [part for part in parts if isinstance(part, PackedLinear)]
+
+    def forget(self) -> None:
+        """Let both projections be views of the tiles that there are now."""
+        for part, view in zip(self.pair, projections_in(self.tiles, self.projections), strict=True):
+            part.borrow(view.tiles)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedExperts:
+        super()._apply(fn, recurse)
+        self.forget()
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.forget()
 
     @property
     def count(self) -> int:
@@ -147,7 +201,7 @@ class PackedExperts(_PackedPair):
 
     def forward(self, x_TD: Tensor, routing: Routing) -> Tensor:
         """y[token] = sum of weight * expert(x[token]), (T, D), in x's dtype."""
-        _refuse_gradient(x_TD, routing.weight_N)
+        refuse_gradient(x_TD, routing.weight_N)
         return cpu.expert_mlp(x_TD, routing, self.weights)
 
 
@@ -164,7 +218,7 @@ class PackedFeedForward(_PackedPair):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) to (..., D)."""
-        _refuse_gradient(x)
+        refuse_gradient(x)
         x_TD = x.reshape(-1, x.shape[-1])
         tokens = len(x_TD)
         everyone = Routing(
@@ -206,16 +260,16 @@ class MixedExperts(nn.Module):
 
     def forward(self, x_TD: Tensor, routing: Routing) -> Tensor:
         """As `PackedExperts`; a token's answers are added up stack by stack."""
-        _refuse_gradient(x_TD, routing.weight_N)
+        refuse_gradient(x_TD, routing.weight_N)
         y_TD = torch.zeros_like(x_TD)
         for part, numbers in zip(self.parts, self.numbers, strict=True):
-            mine = _only(routing, torch.tensor(numbers))
+            mine = only(routing, torch.tensor(numbers))
             if mine.pairs:
                 y_TD += part(x_TD, mine)
         return y_TD
 
 
-def _only(routing: Routing, number_G: Tensor) -> Routing:
+def only(routing: Routing, number_G: Tensor) -> Routing:
     """The pairs of some experts alone, who are numbered from 0 in their order."""
     chosen_E = torch.zeros(routing.experts, dtype=torch.bool)
     chosen_E[number_G] = True

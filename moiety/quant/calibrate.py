@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from moiety.errors import ConfigError, UsageError
 from moiety.formats import format_named
 from moiety.formats.tiles import shape_of
-from moiety.model.slots import Group, Slot, pair_of, slots
+from moiety.model.slots import Slot, pair_of, room, slots
 from moiety.model.transformer import Transformer
 from moiety.moe.experts import Experts
 from moiety.quant.quantize import Policy, pack_stack
@@ -76,7 +76,8 @@ class Calibration:
 
         Args:
             base: What everything else is packed in.
-            bits: Of a weight of the routed experts, on average, scales and padding included.
+            bits: Of a weight of the routed experts, on average, scales and padded tiles included, but not the zeros that
+                fill an expert up to a page.
 
         Raises:
             ConfigError: less than all experts take in the lower format.
@@ -217,11 +218,10 @@ def _changes(
     everyone = list(range(module.count))
     for place, name in enumerate(formats):
         form = format_named(name)
-        weights = {
-            slot.leaf: pack_stack(module.get_parameter(slot.leaf), everyone, form, slot.interleaved)[0]
-            for slot in group
-        }
-        change_ND = pair_of(module, Group(weights))(x_ND, alone) - true_ND
+        packed = room(group, [form] * len(group))
+        for slot in group:
+            pack_stack(module.get_parameter(slot.leaf), everyone, packed.weights[slot.leaf])
+        change_ND = pair_of(module, packed)(x_ND, alone) - true_ND
         if place == 0:
             found[1].index_add_(0, routing.expert_N, change_ND.square().sum(1).double())
         found[2 + place].index_add_(0, routing.expert_N, (change_ND * grad_ND).sum(1).square().double())

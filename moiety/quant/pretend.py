@@ -11,8 +11,8 @@ from moiety import cost, registry
 from moiety.config import ModelConfig
 from moiety.errors import ConfigError, UsageError
 from moiety.formats import format_named
-from moiety.formats.tiles import PackedWeight, pack, shape_of
-from moiety.model.slots import Group, install, slots
+from moiety.formats.tiles import PackedWeight, pack
+from moiety.model.slots import install, room, slots
 from moiety.model.transformer import Transformer
 from moiety.quant.quantize import policy_named
 
@@ -53,16 +53,11 @@ def _first_layers(config: ModelConfig, layers: int) -> ModelConfig:
     )
 
 
-def _random_tiles(name: str, experts: int, rows: int, columns: int, interleaved: bool) -> PackedWeight:
-    """A stack of matrices; a few random rows are packed and repeated, because packing takes longer than measuring."""
-    form = format_named(name)
-    shape = shape_of(form, experts=experts, rows=rows, columns=columns, interleaved=interleaved)
-    few = pack(torch.randn(64, columns) * columns**-0.5, form).tiles[0]
-    tiles = torch.empty(shape, dtype=torch.uint8)
-    tiles.copy_(few.repeat(-(-shape[1] // len(few)), 1, 1)[: shape[1]])
-    return PackedWeight(
-        form=form, experts=experts, rows=rows, columns=columns, interleaved=interleaved, tiles=tiles
-    )
+def _fill(packed: PackedWeight) -> None:
+    """Give tiles a meaning; a few random rows are packed and repeated, because packing takes longer than measuring."""
+    few = pack(torch.randn(64, packed.columns) * packed.columns**-0.5, packed.form).tiles[0]
+    blocks = packed.tiles.shape[1]
+    packed.tiles.copy_(few.repeat(-(-blocks // len(few)), 1, 1)[:blocks])
 
 
 def packed_model(config: ModelConfig, formats: str) -> Transformer:
@@ -87,13 +82,11 @@ def packed_model(config: ModelConfig, formats: str) -> Transformer:
     with torch.device("meta"):
         model = Transformer(config, initialize=False)
     for path, group in slots(model).items():
-        weights = {}
-        for slot in group:
-            choice = policy(slot.parameter, (slot.rows, slot.columns)) or "f32"
-            weights[slot.leaf] = _random_tiles(
-                choice, slot.experts, slot.rows, slot.columns, slot.interleaved
-            )
-        install(model, path, [Group(weights)])
+        choices = [policy(slot.parameter, (slot.rows, slot.columns)) or "f32" for slot in group]
+        made = room(group, [format_named(choice) for choice in choices])
+        for packed in made.weights.values():
+            _fill(packed)
+        install(model, path, [made])
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             filled = (

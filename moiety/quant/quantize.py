@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,12 +13,13 @@ from torch import Tensor
 
 from moiety.config import option
 from moiety.errors import CheckFailed, ConfigError
-from moiety.formats import Format, format_named
+from moiety.formats import format_named
 from moiety.formats.numbers import dequantize
 from moiety.formats.numbers import quantize as codes_for
-from moiety.formats.tiles import ROWS, PackedWeight, pack_codes, shape_of
-from moiety.model.slots import Group, Slot, install, kind_of, packed_matrices, slots, source_of
+from moiety.formats.tiles import ROWS, PackedWeight, pack_codes
+from moiety.model.slots import Group, Slot, install, kind_of, packed_matrices, room, slots, source_of
 from moiety.model.transformer import Transformer
+from moiety.moe.packed import PackedLinear
 
 __all__ = ["Choice", "Line", "Policy", "PolicyFunction", "Receipt", "pack_stack", "policy_named", "quantize"]
 
@@ -155,14 +156,20 @@ def quantize(model: Transformer, policy: PolicyFunction) -> Receipt:
     packable = {slot.parameter for group in places.values() for slot in group}
     for name, (shape, size_bytes) in before.items():
         if name not in lines:
-            owner = packed_already.get(name.rpartition(".")[0])
-            form = owner.form.name if owner is not None and name.endswith(".tiles") else None
+            form = _packed_in(packed_already, name)
             reason = "packed before" if form else _why_kept(name, shape, wanted[name], name in packable)
             lines[name] = Line(name, shape, form, size_bytes, size_bytes, reason=reason)
     order = {name: place for place, name in enumerate(names)}
     receipt = Receipt(lines=tuple(sorted(lines.values(), key=lambda line: order[line.name])))
     _check(model, receipt, wanted)
     return receipt
+
+
+def _packed_in(packed: Mapping[str, PackedLinear], name: str) -> str | None:
+    """The format, or the formats, of a tensor of tiles; None for any other tensor."""
+    owner = name.removesuffix(".tiles")
+    inside = [one.form.name for path, one in packed.items() if path == owner or path.startswith(f"{owner}.")]
+    return ", ".join(dict.fromkeys(inside)) if name != owner else None
 
 
 def _why_kept(name: str, shape: tuple[int, ...], wanted: Choice, packable: bool) -> str:
@@ -210,15 +217,18 @@ def _pack_module(
     members: dict[tuple[str, ...], list[int]] = {}
     for expert, together in enumerate(zip(*each, strict=True)):
         members.setdefault(together, []).append(expert)
-    packed: dict[tuple[str, ...], dict[str, PackedWeight]] = {names: {} for names in members}
+    mixed = len(members) > 1
+    made = {
+        names: room(group, [format_named(name) for name in names], tuple(numbers) if mixed else None)
+        for names, numbers in members.items()
+    }
     lines: dict[str, Line] = {}
     for place, slot in enumerate(group):
         weight = source_of(model, slot.parameter).detach()
         stack = weight if weight.dim() == 3 else weight[None]
         change = size = 0.0
         for names, numbers in members.items():
-            form = format_named(names[place])
-            packed[names][slot.leaf], errors = pack_stack(stack, numbers, form, slot.interleaved)
+            errors = pack_stack(stack, numbers, made[names].weights[slot.leaf])
             change, size = change + errors[0], size + errors[1]
         said = [f"{names[place]} x {len(numbers)}" for names, numbers in members.items()]
         lines[slot.parameter] = Line(
@@ -226,13 +236,11 @@ def _pack_module(
             tuple(weight.shape),
             ", ".join(said) if len(said) > 1 else next(iter(members))[place],
             before[slot.parameter][1] if slot.parameter in before else 0,
-            sum(weights[slot.leaf].size_bytes for weights in packed.values()),
+            sum(_size_bytes(one, slot.leaf) for one in made.values()),
             math.sqrt(change / size) if size else 0.0,
             "" if slot.parameter in before else "a copy of the embedding",
         )
-    mixed = len(members) > 1
-    made = [Group(packed[names], tuple(numbers) if mixed else None) for names, numbers in members.items()]
-    install(model, group[0].path, made)
+    install(model, group[0].path, [*made.values()])
     if (
         group[0].leaf and f"{group[0].path}.down_bias" in before
     ):  # the layers that are packed name them otherwise
@@ -250,31 +258,41 @@ def _for_each_expert(slot: Slot, choice: Choice) -> list[str]:
     return [format_named(name).name for name in names]
 
 
-def pack_stack(
-    weight_ERC: Tensor, numbers: list[int], form: Format, interleaved: bool
-) -> tuple[PackedWeight, tuple[float, float]]:
+def _size_bytes(group: Group, leaf: str) -> int:
+    """Of one projection; what experts are filled up with counts for `down`, the last."""
+    own = group.weights[leaf].size_bytes
+    if group.tiles is None or leaf != "down":
+        return own
+    return group.tiles.nbytes - sum(one.size_bytes for one in group.weights.values()) + own
+
+
+def pack_stack(weight_ERC: Tensor, numbers: Sequence[int], into: PackedWeight) -> tuple[float, float]:
     """Pack some matrices of a stack, a few rows at a time.
 
+    Args:
+        weight_ERC: The stack.
+        numbers: Which of its matrices.
+        into: Whose tiles are filled.
+
     Returns:
-        Them, and the sums of squares of their change and of themselves.
+        The sums of squares of their change and of themselves.
     """
     rows, columns = weight_ERC.shape[1:]
-    halves, sizes = 2 if interleaved else 1, {"experts": len(numbers), "rows": rows, "columns": columns}
-    tiles = torch.empty(shape_of(form, **sizes, interleaved=interleaved), dtype=torch.uint8)
+    assert (into.experts, into.rows, into.columns) == (len(numbers), rows, columns), weight_ERC.shape
+    halves = 2 if into.interleaved else 1
     step = max(CHUNK_NUMBERS // max(columns * halves, 1) // ROWS, 1) * ROWS
     change = size = 0.0
     for place, number in enumerate(numbers):
         by_half = weight_ERC[number].unflatten(0, (halves, -1))
         for start in range(0, rows // halves, step):
             part_RC = by_half[:, start : start + step].flatten(0, 1).float()
-            codes = codes_for(part_RC, form)
-            change += float((dequantize(codes, form) - part_RC).square().sum())
+            codes = codes_for(part_RC, into.form)
+            change += float((dequantize(codes, into.form) - part_RC).square().sum())
             size += float(part_RC.square().sum())
-            made = pack_codes(codes, form, interleaved=interleaved).tiles[0]
+            made = pack_codes(codes, into.form, interleaved=into.interleaved).tiles[0]
             at = start // ROWS * halves
-            tiles[place, at : at + len(made)] = made
-    packed = PackedWeight(form=form, **sizes, interleaved=interleaved, tiles=tiles)
-    return packed, (change, size)
+            into.tiles[place, at : at + len(made)] = made
+    return change, size
 
 
 def _check(model: Transformer, receipt: Receipt, wanted: Mapping[str, Choice]) -> None:

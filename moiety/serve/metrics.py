@@ -34,7 +34,7 @@ class _Now(Collector):
         """Every value as it is now."""
         engine, gate = self._gate.engine, self._gate
         now = engine.statistics()
-        gauges = {
+        gauges: dict[str, tuple[str, float]] = {
             "num_requests_running": ("Requests that are worked on.", now.running),
             "num_requests_waiting": ("Requests that wait.", now.waiting),
             "kv_cache_usage_perc": (
@@ -44,7 +44,7 @@ class _Now(Collector):
             "generation_tokens_per_second": ("Over the last 256 steps.", now.tokens_per_s),
             "expert_imbalance": ("Busiest expert over the mean in the last step.", now.imbalance),
         }
-        counters = {
+        counters: dict[str, tuple[str, float]] = {
             "num_preemptions": ("Requests that had to give pages back.", now.preemptions),
             "prefix_cache_hits": ("Tokens of prompts that were found in pages.", now.reused_tokens),
             "prefix_cache_queries": (
@@ -57,6 +57,15 @@ class _Now(Collector):
             "engine_computed_tokens": ("Tokens that went through the model.", now.computed_tokens),
             "requests_refused": ("Requests that found no room.", gate.refused),
         }
+        if now.experts is not None:
+            store = now.experts
+            gauges["expert_cache_slots"] = ("Experts that have room in memory.", store.slots)
+            counters |= {
+                "expert_cache_hits": ("Experts that were in memory when they were wanted.", store.hits),
+                "expert_cache_misses": ("Experts that were not.", store.misses),
+                "expert_read_bytes": ("Bytes of experts read from disk.", store.read_bytes),
+                "expert_wait_seconds": ("How long steps waited for the disk.", store.waited_s),
+            }
         for name, (help, value) in gauges.items():
             yield GaugeMetricFamily(f"moiety:{name}", help, value)
         for name, (help, value) in counters.items():

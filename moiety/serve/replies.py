@@ -60,6 +60,8 @@ class RoutingSummary(TypedDict):
     tokens: int
     dropped_tokens: int
     layers: list[LayerLoad]
+    expert_hits: NotRequired[int]
+    expert_misses: NotRequired[int]
 
 
 class RoutingTotals(TypedDict):

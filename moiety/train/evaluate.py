@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moiety.model.loss import IGNORED
 from moiety.model.transformer import Transformer
+from moiety.observe.record import Recorder, spans_of
 from moiety.observe.stats import counts_by_group
 from moiety.train.data import Batch, TokenData
 
@@ -65,6 +66,7 @@ def evaluate(
     length: int,
     limit: int | None = None,
     dtype: str = "fp32",
+    recorder: Recorder | None = None,
 ) -> Evaluation:
     """Score the held-out text of every domain.
 
@@ -75,6 +77,7 @@ def evaluate(
         length: Tokens in a sequence.
         limit: Most sequences of a domain; None for all.
         dtype: "fp32" or "bf16".
+        recorder: Takes the routing of every batch.
     """
     begun = time.perf_counter()
     training = model.training
@@ -89,7 +92,7 @@ def evaluate(
             continue
         total, scored = 0.0, 0
         for piece in data.evaluation(domain, B=batch, S=length, limit=limit):
-            loss, counts = _score(model, piece, dtype)
+            loss, counts = _score(model, piece, dtype, recorder)
             total, scored = total + loss, scored + piece.target_bytes
             pieces += [counts] if counts else []
             domain_S += [number] * len(piece.tokens_BS)
@@ -118,7 +121,9 @@ def real_tokens(targets_BS: Tensor) -> Tensor:
     return (targets_BS != IGNORED).flip(1).cummax(1).values.flip(1)
 
 
-def _score(model: Transformer, piece: Batch, dtype: str) -> tuple[float, list[npt.NDArray[np.int64]]]:
+def _score(
+    model: Transformer, piece: Batch, dtype: str, recorder: Recorder | None
+) -> tuple[float, list[npt.NDArray[np.int64]]]:
     """Summed loss of a batch in nats, and of each MoE layer its pairs of each (sequence, expert)."""
     device = next(model.parameters()).device
     tokens_BS, targets_BS = piece.tokens_BS.to(device), piece.targets_BS.to(device)
@@ -126,6 +131,8 @@ def _score(model: Transformer, piece: Batch, dtype: str) -> tuple[float, list[np
     with autocast(dtype, device):
         output = model(tokens_BS, valid_BS=valid_BS)
         loss = output.cross_entropy(targets_BS).item()
+    if recorder is not None:
+        recorder.add(output.routing, spans_of(tokens_BS, recorder.next_request, valid_BS=valid_BS))
     sequences, positions = tokens_BS.shape
     sequence_T = torch.arange(sequences, device=device).repeat_interleave(positions)
     layers = [counts_by_group(routing, sequence_T, sequences) for routing in output.routing.values()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import platform
 import subprocess
@@ -286,6 +287,94 @@ def test_a_token_s_experts_do_not_see_other_tokens(name: str, level: str) -> Non
         torch.set_num_threads(1)
 
 
+def slots_of(weights: cpu.PackedExpertWeights, place_E: Tensor) -> cpu.PackedExpertWeights:
+    """The same experts in slots with both projections of one each, and bytes of something else between and behind."""
+    up, down = weights.up.weight, weights.down.weight
+    sizes = [one.tiles[0].numel() for one in (up, down)]
+    slab = torch.full(
+        (len(place_E) + 2, sum(sizes) + 48), 0xFF, dtype=torch.uint8
+    )  # not finite in any format
+    slot_E = torch.randperm(len(slab))[: len(place_E)]
+    for expert in range(len(place_E)):
+        slab[slot_E[expert], : sizes[0]] = up.tiles[expert].flatten()
+        slab[slot_E[expert], sizes[0] : sum(sizes)] = down.tiles[expert].flatten()
+    place_E.copy_(slot_E * slab.stride(0))
+    made = []
+    for one, part, start in zip((weights.up, weights.down), (up, down), (0, sizes[0]), strict=True):
+        tiles = slab[:, start : start + part.tiles[0].numel()].view(len(slab), *part.tiles.shape[1:])
+        packed = dataclasses.replace(part, experts=len(slab), tiles=tiles)
+        made.append(cpu.Matrix(packed, one.bias, place=place_E))
+    return dataclasses.replace(weights, up=made[0], down=made[1])
+
+
+# tokens, experts, experts per token, d_model, d_ff; the second has experts without rows
+WAVES = ((0, 3, 2, 20, 20), (5, 70, 3, 40, 33), (150, 5, 2, 37, 50))
+
+
+@pytest.mark.parametrize("waves", WAVES, ids=str)
+@pytest.mark.parametrize("name", FORMATS)
+def test_waves_in_any_order_have_the_bits_of_one_call(
+    name: str, waves: tuple[int, int, int, int, int], level: str
+) -> None:
+    """Experts in slots that come and go; at any time only those of a wave are there."""
+    tokens, experts, k, d_model, d_ff = waves
+    gated = d_ff != 33
+    weights = mlp_weights(name, experts, d_model, d_ff, "silu", gated=gated, bias=gated)
+    x, routing = torch.randn(tokens, d_model), route(tokens, experts, k)
+    whole = cpu.expert_mlp(x, routing, weights)
+    place_E = torch.empty(experts, dtype=torch.int64)
+    slots = slots_of(weights, place_E)
+    torch.testing.assert_close(slots.up.unpacked(), weights.up.unpacked(), rtol=0, atol=0)
+    assert torch.equal(cpu.expert_mlp(x, routing, slots), whole)
+    everywhere_E = place_E.clone()
+    for size in (1, 3, experts):
+        answers_ND = torch.full((routing.pairs, d_model), torch.nan)
+        for number, wave in enumerate(torch.randperm(experts).split(size)):
+            place_E.fill_(-1)
+            place_E[wave] = everywhere_E[wave]
+            mask_E = torch.zeros(experts, dtype=torch.uint8 if number % 2 else torch.bool)
+            mask_E[wave] = 1
+            before_ND = answers_ND.clone()
+            cpu.expert_rows(x, routing, slots, mask_E, answers_ND)
+            others_N = ~mask_E.bool()[routing.expert_N]
+            assert before_ND[others_N].view(torch.int32).equal(answers_ND[others_N].view(torch.int32))
+        assert torch.equal(cpu.combine(answers_ND, routing), whole), size
+
+
+def test_one_projection_may_lie_in_slots(level: str) -> None:
+    case = Grouped("int4-g32", 70, 17, [1, 0, 9], bias=True)
+    tiles = case.matrix.weight.tiles.flip(0).contiguous()
+    place_E = torch.tensor([2, -1, 0]) * tiles.stride(0)
+    slots = cpu.Matrix(dataclasses.replace(case.matrix.weight, tiles=tiles), case.bias, place=place_E)
+    assert torch.equal(cpu.grouped_linear(case.x, slots, case.counts), case.multiply())
+    assert bool(slots.unpacked()[1].isnan().all()) and torch.equal(
+        slots.unpacked()[::2], case.matrix.unpacked()[::2]
+    )
+
+
+def test_an_expert_that_is_not_there_is_never_read(level: str) -> None:
+    """It may be missing without rows or without a place in the mask; with both it is an error."""
+    weights = mlp_weights("int8-g32", 4, 40, 33, "silu", gated=True, bias=True)
+    place_E = torch.empty(4, dtype=torch.int64)
+    slots = slots_of(weights, place_E)
+    place_E[2] = -1
+    routing = oracle.routing_of(torch.tensor([[True, True, False, True]] * 6), torch.rand(6, 4))
+    x, answers_ND = torch.randn(6, 40), torch.zeros(18, 40)
+    assert torch.equal(cpu.expert_mlp(x, routing, slots), cpu.expert_mlp(x, routing, weights))
+    cpu.expert_rows(x, routing, slots, torch.ones(4, dtype=torch.bool), answers_ND)
+    assert torch.equal(cpu.combine(answers_ND, routing), cpu.expert_mlp(x, routing, weights))
+    routing = oracle.routing_of(torch.ones(6, 4).bool(), torch.rand(6, 4))
+    answers_ND = torch.zeros(24, 40)
+    cpu.expert_rows(x, routing, slots, torch.tensor([True, True, False, True]), answers_ND)
+    for run in (
+        lambda: cpu.expert_mlp(x, routing, slots),
+        lambda: cpu.expert_rows(x, routing, slots, torch.ones(4, dtype=torch.bool), answers_ND),
+        lambda: cpu.grouped_linear(torch.randn(6, 33), slots.down, torch.tensor([0, 0, 6, 0])),
+    ):
+        with pytest.raises(AssertionError, match="not in memory"):
+            run()
+
+
 def test_nan_passes_every_activation(level: str) -> None:
     for activation, gated in KINDS:
         weights = mlp_weights("f32", 2, 20, 18, activation, gated, bias=False)
@@ -316,12 +405,19 @@ def test_without_the_kernels_torch_gives_the_same(name: str, monkeypatch: pytest
     case = Grouped(name, 70, 17, [1, 0, 9], bias=True)
     weights, routing = mlp_weights(name, 3, 40, 33, "gelu", gated=True, bias=True), route(9, 3, 2)
     x = torch.randn(9, 40)
-    with_kernels = case.multiply(), cpu.expert_mlp(x, routing, weights), cpu.level()
+
+    def in_waves() -> Tensor:
+        answers_ND = torch.full((routing.pairs, 40), torch.nan)
+        for expert in (2, 0, 1):
+            cpu.expert_rows(x, routing, weights, torch.arange(3) == expert, answers_ND)
+        return cpu.combine(answers_ND, routing)
+
+    with_kernels = case.multiply(), cpu.expert_mlp(x, routing, weights), in_waves()
     monkeypatch.setattr(cpu, "library", lambda: None)
     cpu.level.cache_clear()
     try:
         assert cpu.level() == "" and cpu.levels() == ()
-        without = case.multiply(), cpu.expert_mlp(x, routing, weights)
+        without = case.multiply(), cpu.expert_mlp(x, routing, weights), in_waves()
         assert cpu.linear(case.x[:3].bfloat16(), cpu.Matrix(pack(torch.ones(4, 70), case.form))).shape == (
             3,
             4,
@@ -335,7 +431,7 @@ def test_without_the_kernels_torch_gives_the_same(name: str, monkeypatch: pytest
         cpu.level.cache_clear()
     assert difference(without[0], case.defined(torch.float64)) < 1e-6
     bar = 2e-6 if name in FLOATS else 0.03
-    assert all(difference(one, other) < bar for one, other in zip(with_kernels, without, strict=False))
+    assert all(difference(one, other) < bar for one, other in zip(with_kernels, without, strict=True))
 
 
 @pytest.mark.parametrize("asked", ["sse9", "AVX2", "amx,avx2", *set(cpu.LEVELS) - set(cpu.levels())])

@@ -109,7 +109,9 @@ def test_quality_of_two_models(call: Call, trained: Path, texts: list[str], tmp_
     assert len(rows) == len(said.json) == 6
     own, int8 = rows[(trained.name, "as it is")], rows[(trained.name, "int8-g32")]
     assert own["kl"]["value"] == 0 and own["agreement"]["value"] == 1 and 0 < int8["kl"]["value"] < 0.01
-    assert int8["bytes"] < 0.5 * own["bytes"]
+    assert (
+        int8["bytes"] < 0.6 * own["bytes"]
+    )  # experts as small as these are filled up to pages of 4096 bytes
     already = rows[("out", "as it is")]
     assert already["bits_per_byte"] == int8["bits_per_byte"] and rows[("out", "int8-g32")]["kl"]["value"] == 0
     table = call(*words, "--sequences", 8, columns=160)

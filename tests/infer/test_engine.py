@@ -12,9 +12,10 @@ import torch
 
 import moiety
 from moiety.errors import BusyError, ConfigError, MoietyError, UsageError
-from moiety.infer.engine import Engine, Event, page_count
+from moiety.infer.engine import Engine, Event
 from moiety.infer.generate import generate
 from moiety.infer.options import EngineOptions, RequestOptions, SamplingOptions
+from moiety.infer.room import page_count
 from moiety.model.paged import PagePool
 from moiety.model.tokenizer import Tokenizer, train_tokenizer
 from moiety.model.transformer import Transformer

@@ -162,8 +162,13 @@ def plain(name: str, tensor: torch.Tensor | None) -> Callable[[Path], None]:
 NUMBERS = ([[0, 1, 2, 3, 4]], [[0, 3], [1, 2]], [[3, 0], [1, 2, 4]], [[0, 3], [1, 2, True]], "01", [0], [[]])
 EXPERTS = "blocks.0.feed_forward.experts"
 QKV = "blocks.0.attention.qkv"
+STACK, CHECKSUMS = (f"{EXPERTS}.parts.0.{leaf}" for leaf in ("tiles", "checksums"))
 LIES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "version": (config(lambda one: one.update(version=2)), "version 2 of packed weights"),
+    "version": (config(lambda one: one.update(version=3)), "version 3 of packed weights.*\n?.*newer program"),
+    "the version before": (
+        config(lambda one: one.update(version=1)),
+        "version 1 of packed weights.*\n.*again with `moiety quantize`",
+    ),
     "no tensors": (config(lambda one: one.pop("tensors")), "has tensors None"),
     "tensors is a list": (config(lambda one: one.update(tensors=[])), r"has tensors \[\]"),
     "no numbers": (config(lambda one: one.pop("numbers")), "has numbers None"),
@@ -215,6 +220,22 @@ LIES: dict[str, tuple[Callable[[Path], object], str]] = {
             "tiles.safetensors", blocks__0__attention__qkv__tiles=torch.zeros(1, 3, 1, 288, dtype=torch.int8)
         ),
         "is I8",
+    ),
+    "checksums missing": (
+        tensors("tiles.safetensors", **{CHECKSUMS: None}),
+        "lacks .*experts.parts.0.checksums",
+    ),
+    "checksums too few": (
+        tensors("tiles.safetensors", **{CHECKSUMS: torch.zeros(1, dtype=torch.int64)}),
+        r"parts.0.checksums is I64 \(1,\); allowed is I64 \(2,\)",
+    ),
+    "checksums of another type": (
+        tensors("tiles.safetensors", **{CHECKSUMS: torch.zeros(2)}),
+        "parts.0.checksums is F32",
+    ),
+    "experts of another size": (
+        tensors("tiles.safetensors", **{STACK: torch.zeros(2, 8192, dtype=torch.uint8)}),
+        r"parts.0.tiles is U8 \(2, 8192\)",
     ),
     "a norm of bytes": (plain("norm.weight", torch.zeros(20, dtype=torch.uint8)), "norm.weight is U8"),
     "a norm of another size": (plain("norm.weight", torch.zeros(21)), r"norm.weight is F32 \(21,\)"),

@@ -212,6 +212,58 @@ def test_state_copies_and_dtypes() -> None:
         layer.to("meta")(x)
 
 
+@pytest.mark.parametrize(("activation", "gated", "bias"), KINDS[1:3])
+def test_an_expert_is_one_run_of_bytes(activation: str, gated: bool, bias: bool) -> None:
+    plain = experts(activation, gated, bias)
+    up, down = packed_from(plain, "int4-g32")
+    alone = [up.tiles.clone(), down.tiles.clone()]
+    layer = PackedExperts(up, down, activation=activation, gated=gated)
+    assert layer.tiles.shape == (E, 4096) and layer.tiles.is_contiguous()
+    for number, expert in enumerate(layer.tiles):
+        start = 0
+        for tiles in alone:
+            assert torch.equal(expert[start : start + tiles[number].numel()], tiles[number].flatten())
+            start += tiles[number].numel()
+        assert not expert[start:].any() and 0 < start < 4096
+    assert [one.tiles.data_ptr() - layer.tiles.data_ptr() for one in (up, down)] == [0, alone[0][0].numel()]
+    leaf = "gate_up" if gated else "up"
+    assert set(layer.state_dict()) == {"tiles"} | ({f"{leaf}.bias", "down.bias"} if bias else set())
+    adopted = PackedExperts(
+        *(PackedLinear(one.weight, one.bias) for one in (up, down)),
+        tiles=layer.tiles,
+        activation=activation,
+        gated=gated,
+    )
+    x_TD, chosen = torch.randn(7, D), routing(7)
+    assert adopted.tiles is layer.tiles and torch.equal(adopted(x_TD, chosen), layer(x_TD, chosen))
+
+
+def test_experts_follow_their_bytes() -> None:
+    """Copies, moves and loaded states: both projections are of the tiles that there are now."""
+    x_TD, chosen = torch.randn(9, D), routing(9)
+    layers = [
+        PackedExperts(*packed_from(experts("silu", True, True), form)) for form in ("int8-g32", "int8-g32")
+    ]
+    first, second = (layer(x_TD, chosen) for layer in layers)
+    state = copy.deepcopy(layers[1].state_dict())
+    others = [copy.deepcopy(layers[0]), pickle.loads(pickle.dumps(layers[0]))]
+    for other in others:
+        assert torch.equal(other(x_TD, chosen), first)
+        assert other.gate_up.tiles.untyped_storage().data_ptr() == other.tiles.untyped_storage().data_ptr()
+        assert other.tiles.data_ptr() != layers[0].tiles.data_ptr()
+    others[0].load_state_dict(state)
+    others[1].load_state_dict(state, assign=True)
+    for other in others:
+        assert torch.equal(other(x_TD, chosen), second) and not torch.equal(second, first)
+        other.tiles.zero_()
+        assert not unpack(other.down.weight).any()
+    assert torch.equal(layers[0](x_TD, chosen), first)
+    away = layers[0].to("meta")
+    assert away.down.tiles.is_meta and away.gate_up.tiles.is_meta
+    with pytest.raises(UsageError, match="are on meta"):
+        away(x_TD, chosen)
+
+
 def test_without_kernels_torch_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = experts("silu", True, True)
     layer = PackedExperts(*packed_from(plain, "int4-g32"))

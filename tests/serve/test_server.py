@@ -22,9 +22,11 @@ from prometheus_client.parser import text_string_to_metric_families
 from moiety.errors import ConfigError, UsageError
 from moiety.infer.engine import Engine
 from moiety.model import checkpoint
+from moiety.quant.quantize import policy_named, quantize
 from moiety.serve.gate import _told
 from moiety.serve.options import ServeOptions, is_loopback
 from moiety.serve.server import Server
+from tests.infer.test_streaming import with_slots
 from tests.serve.conftest import NAME, client_of, eventually, opened, serving
 
 LONG: dict[str, Any] = {"model": NAME, "prompt": "a", "temperature": 0, "extra_body": {"ignore_eos": True}}
@@ -104,7 +106,7 @@ def test_nothing_leaves_the_machine() -> None:
     package = Path(__file__).resolve().parents[2] / "moiety" / "serve"
     banned = re.compile(
         r"^\s*(?:import|from) (?:socket|urllib|http|httpx\w*|requests|aiohttp|subprocess|shutil|ftplib)\b|"
-        r"\bopen\(|\.read_text|\.read_bytes|\.write_",
+        r"\bopen\(|\.read_text\(|\.read_bytes\(|\.write_",
         re.M,
     )
     for path in sorted(package.glob("*.py")):
@@ -181,6 +183,25 @@ def test_metrics_count(server: Server) -> None:
         totals = http.get("/v1/routing").json()
     assert [layer["layer"] for layer in totals["layers"]] == [0, 1]
     assert sum(totals["counts"]["1"]) == 2 * after["moiety:engine_computed_tokens_total",]
+
+
+def test_experts_from_disk_are_counted(tmp_path: Path) -> None:
+    what = opened()
+    quantize(what.model, policy_named("int4"))
+    checkpoint.save(what.model, tmp_path / NAME)
+    asked: dict[str, Any] = {"model": NAME, "prompt": "the quick", "max_tokens": 9, "temperature": 0}
+    with serving(what) as server, client_of(server) as client:
+        whole = client.completions.create(**asked).choices[0].text
+    streamed = what._replace(model=with_slots(tmp_path / NAME, 6))
+    with serving(streamed) as server, client_of(server) as client, http_of(server) as http:
+        answer = client.completions.create(**asked, extra_body={"return_routed_experts": True}).choices[0]
+        store = server.served.engine.statistics().experts
+        assert store is not None and answer.text == whole
+        found = answer.model_dump()["routing"]
+        assert found["expert_hits"] + found["expert_misses"] == store.hits + store.misses > 0
+        page = http.get("/metrics").text
+        assert f"moiety:expert_cache_misses_total {float(store.misses)}" in page and store.read_bytes > 0
+        assert f"moiety:expert_cache_slots {float(store.slots)}" in page
 
 
 # Who waits, who leaves

@@ -22,11 +22,13 @@ enum kind { KIND_FLOAT32, KIND_BFLOAT16, KIND_FLOAT8, KIND_INT8, KIND_INT4, KIND
 
 enum activation { ACT_NONE, ACT_SILU, ACT_GELU, ACT_GELU_TANH, ACT_RELU, ACT_CLAMPED, ACTIVATIONS };
 
-/* A stack of packed matrices. */
+/* A stack of packed matrices. The tiles of one, (row_blocks, groups, tile_bytes), follow each other; those of the next lie
+ * expert_bytes further on, or each lies where `place` says. */
 typedef struct {
-    const uint8_t *tiles; /* (experts, row_blocks, groups, tile_bytes) */
+    const uint8_t *tiles;
+    const int64_t *place; /* (experts) bytes from `tiles` to an expert's, -1 for one that is not in memory; or NULL */
     const float *bias;    /* (experts, row_blocks * 16) in the order of the packed rows, or NULL */
-    int64_t experts, row_blocks, groups, tile_bytes;
+    int64_t experts, row_blocks, groups, tile_bytes, expert_bytes;
     int64_t rows, columns; /* without padding */
     int32_t kind, group;   /* group: columns of a tile */
 } matrix;

@@ -24,6 +24,8 @@
 #define PANEL 128              /* rows whose operands stay in the second cache while a task's weights pass */
 #define ALIGN 64
 
+enum failure { DONE, NO_MEMORY, NOT_THERE }; /* of the exported operations; the numbers are known to cpu.py */
+
 const level_table *table_of(int32_t level) {
 #if defined(__x86_64__)
     if (level == LEVEL_AVX2) return &avx2_table;
@@ -163,6 +165,11 @@ static void prepare_one(const level_table *table, const matrix *w, const float *
                        (int32_t *)x->sum + row * x->groups);
 }
 
+/* From a stack's first byte to an expert's; negative where it is not in memory. */
+static int64_t place_of(const matrix *w, int64_t expert) {
+    return w->place ? w->place[expert] : expert * w->expert_bytes;
+}
+
 /* One product: the rows of each expert with its matrix. Tasks go over (expert with rows, run of row blocks). */
 
 typedef struct {
@@ -205,7 +212,7 @@ static void product_task(const product *p, int64_t number) {
     const int64_t expert = p->busy[number / p->runs], from = number % p->runs * p->run;
     const int64_t to = from + p->run < p->w->row_blocks ? from + p->run : p->w->row_blocks;
     const int64_t block_bytes = p->w->groups * p->w->tile_bytes;
-    const uint8_t *tiles = p->w->tiles + expert * p->w->row_blocks * block_bytes;
+    const uint8_t *tiles = p->w->tiles + place_of(p->w, expert);
     float one[PANEL][ROWS] __attribute__((aligned(ALIGN))), two[PANEL][ROWS] __attribute__((aligned(ALIGN)));
     float(*const out[2])[ROWS] = {one, two};
     for (int64_t start = p->first[expert]; start < p->first[expert + 1]; start += PANEL) {
@@ -236,24 +243,29 @@ typedef struct {
     const matrix *up, *down;
     const float *x;         /* (T, x_stride) */
     int64_t tokens, x_stride, pairs;
-    const int64_t *token_of; /* (N), or NULL: pair i is row i */
-    const float *weight_of;  /* (N), or NULL: 1 */
-    float *y;                /* (T, columns of y), or (N, ...) for a grouped linear */
+    const int64_t *token_of; /* (N) */
+    const float *weight_of;  /* (N) */
+    float *y;                /* (T, columns of y) */
     product first, second;
     operand hidden_operand;
     float *hidden, *answers; /* (N, F), (N, D) */
-    const int64_t *pair_of, *first_pair; /* pairs of a token in ascending expert order: (N), (T + 1) */
+    int64_t *row_of, *bounds, *busy;
+    int64_t *mine, *used, mine_count, used_count; /* pairs that are worked on, and the tokens that they are of */
+    uint8_t *seen;                                /* (T) */
+    int64_t *pair_of, *first_pair; /* pairs of a token in ascending expert order: (N), (T + 1) */
 } job;
 
-static void prepare_task(void *data, int64_t token) {
+static void prepare_task(void *data, int64_t number) {
     const job *j = data;
+    const int64_t token = j->used ? j->used[number] : number;
     prepare_one(j->table, j->up, j->x + token * j->x_stride, &j->first.x, token);
 }
 
 static void up_task(void *data, int64_t number) { product_task(&((const job *)data)->first, number); }
 
-static void hidden_task(void *data, int64_t pair) {
+static void hidden_task(void *data, int64_t number) {
     const job *j = data;
+    const int64_t pair = j->mine[number];
     prepare_one(j->table, j->down, j->hidden + pair * j->first.y_width, &j->hidden_operand, pair);
 }
 
@@ -266,30 +278,23 @@ static void sum_task(void *data, int64_t token) {
     memset(y, 0, width * sizeof(float));
     for (int64_t i = j->first_pair[token]; i < j->first_pair[token + 1]; i++) {
         const int64_t pair = j->pair_of[i];
-        const float weight = j->weight_of ? j->weight_of[pair] : 1, *from = j->answers + pair * width;
+        const float weight = j->weight_of[pair], *from = j->answers + pair * width;
         for (int64_t d = 0; d < width; d++) y[d] += weight * from[d];
     }
 }
 
-/* first[e] .. first[e + 1] are the pairs of expert e; busy ones are listed. Returns how many are busy. */
-static int64_t bounds(const int64_t *counts, int64_t experts, int64_t *first, int64_t *busy) {
+/* first[e] .. first[e + 1] are the pairs of expert e; those with pairs that the mask names are listed. Returns how many
+ * these are, or -1 where one of them is not in memory. */
+static int64_t bounds(const matrix *w, const int64_t *counts, const uint8_t *mask, int64_t *first, int64_t *busy) {
     int64_t found = 0;
     first[0] = 0;
-    for (int64_t e = 0; e < experts; e++) {
+    for (int64_t e = 0; e < w->experts; e++) {
         first[e + 1] = first[e] + counts[e];
-        if (counts[e]) busy[found++] = e;
+        if (!counts[e] || (mask && !mask[e])) continue;
+        if (place_of(w, e) < 0) return -1;
+        busy[found++] = e;
     }
     return found;
-}
-
-/* Pairs by token; experts ascend because pairs are sorted by expert. */
-static void by_token(const int64_t *token_of, int64_t pairs, int64_t tokens, int64_t *pair_of, int64_t *first_pair) {
-    memset(first_pair, 0, (tokens + 1) * sizeof *first_pair);
-    for (int64_t i = 0; i < pairs; i++) first_pair[token_of[i] + 1]++;
-    for (int64_t t = 0; t < tokens; t++) first_pair[t + 1] += first_pair[t];
-    for (int64_t i = 0; i < pairs; i++) pair_of[first_pair[token_of[i]]++] = i;
-    memmove(first_pair + 1, first_pair, tokens * sizeof *first_pair);
-    first_pair[0] = 0;
 }
 
 /* After counting: the memory itself. 0 where there is none. */
@@ -299,61 +304,134 @@ static int claim(cursor *at) {
     return at->base != NULL;
 }
 
-/* y[i] = W_e x[i] + b_e for rows sorted by expert; NULL counts mean one expert. Returns 0, or 1 without memory. */
+/* What the answers of pairs take beside `answers`. Rows of pairs that are not worked on are never touched. */
+static void take_rows(job *j, cursor *at, int32_t activation, int32_t gated, float limit) {
+    const int64_t d_ff = j->down->columns, experts = j->up->experts;
+    j->hidden = take(at, j->pairs * d_ff * 4);
+    j->hidden_operand = take_operand(at, j->down, j->pairs);
+    j->row_of = take(at, j->pairs * 8), j->bounds = take(at, (experts + 1) * 8), j->busy = take(at, experts * 8);
+    j->mine = take(at, j->pairs * 8), j->used = take(at, j->tokens * 8), j->seen = take(at, j->tokens);
+    j->first = (product){.table = j->table, .w = j->up, .x = take_operand(at, j->up, j->tokens), .row_of = j->token_of,
+                         .first = j->bounds, .busy = j->busy, .activation = activation, .gated = gated, .limit = limit,
+                         .y = j->hidden, .y_width = d_ff, .y_columns = d_ff};
+    j->second = (product){.table = j->table, .w = j->down, .x = j->hidden_operand, .row_of = j->row_of, .first = j->bounds,
+                          .busy = j->busy, .y = j->answers, .y_width = j->down->rows, .y_columns = j->down->rows};
+}
+
+/* Which pairs are worked on. Returns DONE, or NOT_THERE where an expert of theirs is not in memory. */
+static int32_t plan_rows(job *j, const int64_t *counts, const uint8_t *mask, int32_t threads) {
+    const int64_t count = bounds(j->up, counts, mask, j->bounds, j->busy);
+    if (count < 0 || bounds(j->down, counts, mask, j->bounds, j->busy) < 0) return NOT_THERE;
+    memset(j->seen, 0, j->tokens);
+    for (int64_t b = 0; b < count; b++)
+        for (int64_t pair = j->bounds[j->busy[b]]; pair < j->bounds[j->busy[b] + 1]; pair++) {
+            const int64_t token = j->token_of[pair];
+            j->row_of[pair] = j->mine[j->mine_count++] = pair;
+            if (!j->seen[token]) j->used[j->used_count++] = token;
+            j->seen[token] = 1;
+        }
+    j->first.busy_count = j->second.busy_count = count;
+    plan_runs(&j->first, threads);
+    plan_runs(&j->second, threads);
+    return DONE;
+}
+
+/* What the weighted sum takes. */
+static void take_sum(job *j, cursor *at) { j->pair_of = take(at, j->pairs * 8), j->first_pair = take(at, (j->tokens + 1) * 8); }
+
+/* Pairs by token; experts ascend because pairs are sorted by expert. */
+static void plan_sum(const job *j) {
+    int64_t *first = j->first_pair;
+    memset(first, 0, (j->tokens + 1) * sizeof *first);
+    for (int64_t i = 0; i < j->pairs; i++) first[j->token_of[i] + 1]++;
+    for (int64_t t = 0; t < j->tokens; t++) first[t + 1] += first[t];
+    for (int64_t i = 0; i < j->pairs; i++) j->pair_of[first[j->token_of[i]]++] = i;
+    memmove(first + 1, first, j->tokens * sizeof *first);
+    first[0] = 0;
+}
+
+#define ROW_PHASES(j) {prepare_task, (j).used_count}, {up_task, (j).first.busy_count * (j).first.runs}, \
+                      {hidden_task, (j).mine_count}, {down_task, (j).second.busy_count * (j).second.runs}
+
+/* y[i] = W_e x[i] + b_e for rows sorted by expert; NULL counts mean one expert. Returns a failure. */
 EXPORT int32_t moiety_grouped_linear(const matrix *w, const float *x, int64_t rows, int64_t x_stride, const int64_t *counts,
                                      float *y, const crew *who) {
     job j = {.table = table_of(who->level), .up = w, .x = x, .tokens = rows, .x_stride = x_stride, .pairs = rows};
-    int64_t *row_of, *first, *busy;
     cursor at = {NULL, 0};
     for (int pass = 0; pass < 2; pass++) {
-        if (pass && !claim(&at)) return 1;
-        j.first = (product){.table = j.table, .w = w, .x = take_operand(&at, w, rows), .y = y, .y_width = w->rows, .y_columns = w->rows};
-        row_of = take(&at, rows * 8), first = take(&at, (w->experts + 1) * 8), busy = take(&at, w->experts * 8);
+        if (pass && !claim(&at)) return NO_MEMORY;
+        j.row_of = take(&at, rows * 8), j.bounds = take(&at, (w->experts + 1) * 8), j.busy = take(&at, w->experts * 8);
+        j.first = (product){.table = j.table, .w = w, .x = take_operand(&at, w, rows), .row_of = j.row_of, .first = j.bounds,
+                            .busy = j.busy, .y = y, .y_width = w->rows, .y_columns = w->rows};
     }
-    for (int64_t i = 0; i < rows; i++) row_of[i] = i;
-    j.first.row_of = row_of, j.first.first = first, j.first.busy = busy;
-    j.first.busy_count = bounds(counts ? counts : &rows, w->experts, first, busy);
-    plan_runs(&j.first, who->threads);
-    const phase phases[] = {{prepare_task, rows}, {up_task, j.first.busy_count * j.first.runs}};
-    run_phases(who, &j, phases, 2);
+    for (int64_t i = 0; i < rows; i++) j.row_of[i] = i;
+    j.first.busy_count = bounds(w, counts ? counts : &rows, NULL, j.bounds, j.busy);
+    if (j.first.busy_count >= 0) {
+        plan_runs(&j.first, who->threads);
+        const phase phases[] = {{prepare_task, rows}, {up_task, j.first.busy_count * j.first.runs}};
+        run_phases(who, &j, phases, 2);
+    }
     free(at.base);
-    return 0;
+    return j.first.busy_count < 0 ? NOT_THERE : DONE;
 }
 
-/* y[token] = sum over its pairs of weight * down_e(activation(up_e x[token])). Returns 0, or 1 without memory. */
+/* answers[pair] = down_e(activation(up_e x[its token])) for the pairs of the experts that the mask (E) names, or of all
+ * with NULL; the other rows of `answers` stay as they are. Returns a failure. */
+EXPORT int32_t moiety_expert_rows(const matrix *up, const matrix *down, int32_t activation, int32_t gated, float limit,
+                                  const float *x, int64_t tokens, int64_t x_stride, const int64_t *token_of,
+                                  const int64_t *counts, int64_t pairs, const uint8_t *mask, float *answers, const crew *who) {
+    job j = {.table = table_of(who->level), .up = up, .down = down, .x = x, .tokens = tokens, .x_stride = x_stride,
+             .pairs = pairs, .token_of = token_of, .answers = answers};
+    cursor at = {NULL, 0};
+    for (int pass = 0; pass < 2; pass++) {
+        if (pass && !claim(&at)) return NO_MEMORY;
+        take_rows(&j, &at, activation, gated, limit);
+    }
+    const int32_t failed = plan_rows(&j, counts, mask, who->threads);
+    if (!failed) {
+        const phase phases[] = {ROW_PHASES(j)};
+        run_phases(who, &j, phases, 4);
+    }
+    free(at.base);
+    return failed;
+}
+
+/* y[token] = sum over its pairs of weight * answers[pair], experts ascending; rows have `width` numbers. Returns a failure. */
+EXPORT int32_t moiety_combine(const float *answers, int64_t width, const int64_t *token_of, const float *weight_of,
+                              int64_t pairs, int64_t tokens, float *y, const crew *who) {
+    job j = {.tokens = tokens, .pairs = pairs, .token_of = token_of, .weight_of = weight_of, .answers = (float *)answers,
+             .y = y, .second = {.y_width = width}};
+    cursor at = {NULL, 0};
+    for (int pass = 0; pass < 2; pass++) {
+        if (pass && !claim(&at)) return NO_MEMORY;
+        take_sum(&j, &at);
+    }
+    plan_sum(&j);
+    const phase phases[] = {{sum_task, tokens}};
+    run_phases(who, &j, phases, 1);
+    free(at.base);
+    return DONE;
+}
+
+/* Both in one call: y[token] = sum over its pairs of weight * answer. Returns a failure. */
 EXPORT int32_t moiety_experts(const matrix *up, const matrix *down, int32_t activation, int32_t gated, float limit,
                               const float *x, int64_t tokens, int64_t x_stride, const int64_t *token_of,
                               const float *weight_of, const int64_t *counts, int64_t pairs, float *y, const crew *who) {
     job j = {.table = table_of(who->level), .up = up, .down = down, .x = x, .tokens = tokens, .x_stride = x_stride,
              .pairs = pairs, .token_of = token_of, .weight_of = weight_of, .y = y};
-    const int64_t d_ff = down->columns;
-    int64_t *row_of, *first, *busy, *pair_of, *first_pair;
     cursor at = {NULL, 0};
     for (int pass = 0; pass < 2; pass++) {
-        if (pass && !claim(&at)) return 1;
-        j.hidden = take(&at, pairs * d_ff * 4);
+        if (pass && !claim(&at)) return NO_MEMORY;
         j.answers = take(&at, pairs * down->rows * 4);
-        j.first = (product){.table = j.table, .w = up, .x = take_operand(&at, up, tokens), .row_of = token_of, .y = j.hidden,
-                            .y_width = d_ff, .y_columns = d_ff, .activation = activation, .gated = gated, .limit = limit};
-        j.hidden_operand = take_operand(&at, down, pairs);
-        j.second = (product){.table = j.table, .w = down, .x = j.hidden_operand, .y = j.answers, .y_width = down->rows,
-                             .y_columns = down->rows};
-        row_of = take(&at, pairs * 8), first = take(&at, (up->experts + 1) * 8), busy = take(&at, up->experts * 8);
-        pair_of = take(&at, pairs * 8), first_pair = take(&at, (tokens + 1) * 8);
+        take_rows(&j, &at, activation, gated, limit);
+        take_sum(&j, &at);
     }
-    for (int64_t i = 0; i < pairs; i++) row_of[i] = i;
-    by_token(token_of, pairs, tokens, pair_of, first_pair);
-    j.pair_of = pair_of, j.first_pair = first_pair, j.second.row_of = row_of;
-    j.first.first = j.second.first = first, j.first.busy = j.second.busy = busy;
-    j.first.busy_count = j.second.busy_count = bounds(counts, up->experts, first, busy);
-    plan_runs(&j.first, who->threads);
-    plan_runs(&j.second, who->threads);
-    const phase phases[] = {{prepare_task, tokens},
-                            {up_task, j.first.busy_count * j.first.runs},
-                            {hidden_task, pairs},
-                            {down_task, j.second.busy_count * j.second.runs},
-                            {sum_task, tokens}};
-    run_phases(who, &j, phases, 5);
+    const int32_t failed = plan_rows(&j, counts, NULL, who->threads);
+    if (!failed) {
+        plan_sum(&j);
+        const phase phases[] = {ROW_PHASES(j), {sum_task, tokens}};
+        run_phases(who, &j, phases, 5);
+    }
     free(at.base);
-    return 0;
+    return failed;
 }
