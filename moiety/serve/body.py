@@ -21,6 +21,7 @@ Model = TypeVar("Model", bound=BaseModel)
 # Possessive and without need of a closing quote: one pass, whatever the bytes are.
 STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
 NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+LARGEST_EXACT = 2**53
 LARGE_BYTES = 64 * 1024  # parsed beside the event loop
 
 
@@ -72,7 +73,7 @@ def _parsed(body: bytes) -> dict[str, Any]:
             body.decode("utf-8"),
             object_pairs_hook=_object,
             parse_constant=_no_constant,
-            parse_float=_finite,
+            parse_float=_number,
         )
         if b"\\u" in body:
             json.dumps(value, ensure_ascii=False).encode()
@@ -106,11 +107,12 @@ def _no_constant(name: str) -> float:
     raise ValueError(f"{name} is not a number of JSON")
 
 
-def _finite(text: str) -> float:
+def _number(text: str) -> float:
+    """A number with a point or an exponent; 1.0 is an integer to JSON schemas, and here."""
     value = float(text)
     if not math.isfinite(value):
         raise ValueError("a number is too large")
-    return value
+    return int(value) if value.is_integer() and abs(value) < LARGEST_EXACT else value
 
 
 def validated(kind: type[Model], value: Mapping[str, Any], refused: Mapping[str, str]) -> Model:

@@ -28,6 +28,8 @@ ERRORS = {
     "503": "the server is starting, stopping or full; come again after Retry-After seconds",
 }
 RETRIED = {"Retry-After": {"description": "seconds", "schema": {"type": "integer", "minimum": 1}}}
+TEXT = {"type": "string"}
+EVENT = {"type": "object", "required": ["data"], "properties": {"data": TEXT, "event": TEXT}}
 ASKED: dict[str, tuple[type[BaseModel], Any, str]] = {
     "/v1/completions": (CompletionRequest, replies.Completion, "continue texts or tokens"),
     "/v1/chat/completions": (ChatRequest, replies.ChatReply, "answer messages"),
@@ -64,18 +66,16 @@ def description(version: str, *, has_key: bool) -> dict[str, Any]:
             "get": _operation(about, {"application/json": {"schema": by_name[f"{path} get"]}}, by_name)
         }
     paths["/v1/models/{model}"]["get"]["parameters"] = [
-        {"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}
+        {"name": "model", "in": "path", "required": True, "schema": TEXT}
     ]
-    paths["/metrics"] = {
-        "get": _operation("for Prometheus", {"text/plain": {"schema": {"type": "string"}}}, by_name)
-    }
+    paths["/metrics"] = {"get": _operation("for Prometheus", {"text/plain": {"schema": TEXT}}, by_name)}
     paths["/openapi.json"] = {
         "get": _operation("this document", {"application/json": {"schema": {"type": "object"}}}, by_name)
     }
     for path, (kind, _, about) in ASKED.items():
         sent = {
             "application/json": {"schema": by_name[f"{path} post"]},
-            "text/event-stream": {"schema": {"type": "string"}},
+            "text/event-stream": {"itemSchema": EVENT},
         }
         body = {"required": True, "content": {"application/json": {"schema": models[kind, "validation"]}}}
         paths[path] = {"post": {**_operation(about, sent, by_name), "requestBody": body}}

@@ -64,6 +64,9 @@ Best = Annotated[int, Field(ge=0, le=MOST_LOGPROBS)]
 Metadata = Annotated[dict[str, str], Field(max_length=16)]
 
 
+CLOSED: dict[str, Any] = {
+    "additionalProperties": False
+}  # pydantic says what keys may be, and not that others may not
 Tokens = Annotated[list[Token], Field(min_length=1)]
 PROMPTS = "a text, token ids, or several of either"
 
@@ -120,7 +123,9 @@ class Drawn(Sampled):
     n: int | None = Field(1, ge=1, le=MOST_N)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63, description="none draws one")
     stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = None
-    logit_bias: Annotated[dict[TokenName, Bias], Field(max_length=MOST_BIASES)] | None = None
+    logit_bias: (
+        Annotated[dict[TokenName, Bias], Field(max_length=MOST_BIASES, json_schema_extra=CLOSED)] | None
+    ) = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     min_tokens: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
@@ -269,7 +274,11 @@ class ChatRequest(Drawn):
     reasoning_effort: str | None = Field(None, description="handed to the chat template")
     verbosity: str | None = Field(None, description="no effect")
     chat_template_kwargs: (
-        Annotated[dict[VariableName, bool | int | float | Name | None], Field(max_length=16)] | None
+        Annotated[
+            dict[VariableName, bool | int | float | Name | None],
+            Field(max_length=16, json_schema_extra=CLOSED),
+        ]
+        | None
     ) = Field(None, description="variables of the chat template, enable_thinking for instance")
 
     @model_validator(mode="after")
