@@ -326,7 +326,7 @@ class Engine:
                 raise UsageError(
                     "the prompt is text and the engine has no tokenizer", hint="give it one, or tokens"
                 )
-            prompt = self._tokenizer.encode(prompt) or [self._tokenizer.end_id]
+            prompt = self._tokenizer.encode_prompt(prompt)
         if options.stop and self._tokenizer is None:
             raise UsageError("stop texts need a tokenizer", hint="give the engine one, or use stop_ids")
         if not len(prompt):

@@ -239,12 +239,19 @@ class Tokenizer:
 
     @property
     def around(self) -> tuple[int, ...]:
-        """Tokens that `tokenizer.json` wants around a text, mostly one before it or none; `encode` adds none."""
+        """Tokens that `tokenizer.json` wants around a text, mostly one before it or none; `encode_prompt` adds them."""
         return tuple(self._inner.encode("", add_special_tokens=True).ids)
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a text; nothing is added before or after."""
         return list(self._inner.encode(text, add_special_tokens=False).ids)
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Tokens of a text to be continued: what `tokenizer.json` wants around it is there, as in transformers.
+
+        Of a text without tokens it is the end token, after which a new text begins.
+        """
+        return list(self._inner.encode(text, add_special_tokens=True).ids) or [self.end_id]
 
     def encode_with_special(self, text: str) -> list[int]:
         """Tokens of a text in which the letters of a special token are that token: what a chat template writes."""

@@ -103,8 +103,9 @@ class Served:
                 param=param,
                 code="context_length_exceeded",
             )
-        encode = self.tokenizer.encode_with_special if with_special else self.tokenizer.encode
-        return encode(text) or [self.tokenizer.end_id]
+        if with_special:
+            return self.tokenizer.encode_with_special(text) or [self.tokenizer.end_id]
+        return self.tokenizer.encode_prompt(text)
 
     @functools.cached_property
     def _longest_piece(self) -> int:

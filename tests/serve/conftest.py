@@ -16,7 +16,7 @@ import torch
 from moiety.infer.open import Opened
 from moiety.infer.options import EngineOptions
 from moiety.model.template import ChatTemplate
-from moiety.model.tokenizer import train_tokenizer
+from moiety.model.tokenizer import Tokenizer, train_tokenizer
 from moiety.serve.options import ServeOptions
 from moiety.serve.server import Server, served_of
 from tests import tiny
@@ -31,10 +31,10 @@ ENGINE: dict[str, Any] = {"max_positions": 256, "page_tokens": 4, "step_tokens":
 NAME = "tiny-moe"
 
 
-def opened(template: str | None = TEMPLATE, **changes: Any) -> Opened:
+def opened(template: str | None = TEMPLATE, tokenizer: Tokenizer | None = None, **changes: Any) -> Opened:
     """A random model of two layers with a vocabulary of its own."""
     torch.manual_seed(1)
-    tokenizer = train_tokenizer([TEXT], 300)
+    tokenizer = tokenizer or train_tokenizer([TEXT], 300)
     tokenizer.chat_template = None if template is None else ChatTemplate(template)
     sizes = {"vocab_size": tokenizer.vocab_size, "layers": 2, "moe": tiny.experts(), "d_ff": 14} | changes
     model = tiny.model("", **sizes).eval()

@@ -12,8 +12,12 @@ import openai
 import pytest
 import torch
 
+from moiety.infer.options import RequestOptions, SamplingOptions
 from moiety.serve.server import Server
-from tests.serve.conftest import NAME
+from tests import gguf_models
+from tests.serve.conftest import NAME, client_of, opened, serving
+
+GREEDY = RequestOptions(sampling=SamplingOptions(temperature=0), max_tokens=5)
 
 
 def ask(client: openai.OpenAI, prompt: Any = "the quick", **more: Any) -> Any:
@@ -144,6 +148,21 @@ def test_where_tokens_went(client: openai.OpenAI, server: Server) -> None:
             top = routing["layers"][0]["top"][0]
             assert top["share"] == pytest.approx(counts.max() / counts.sum(), abs=1e-4)
     assert "routing" not in ask(client, prompt).choices[0].model_dump()
+
+
+def test_a_text_begins_as_its_tokenizer_wants() -> None:
+    for frame in ("", "<s> $A"):
+        tokenizer = gguf_models.chat_tokenizer(frame)
+        with serving(opened(tokenizer=tokenizer)) as server, client_of(server) as client:
+            begin = [tokenizer.special_ids()["<s>"]] if frame else []
+            ids = [*begin, *tokenizer.encode("the ell")]
+            found, true = (ask(client, prompt, echo=True, logprobs=0) for prompt in ("the ell", ids))
+            assert found.choices[0].model_dump() == true.choices[0].model_dump()
+            assert found.choices[0].text.startswith("the ell") and found.usage.prompt_tokens == len(ids)
+            assert list(server.served.engine.stream("the ell", GREEDY)) == list(
+                server.served.engine.stream(ids, GREEDY)
+            )
+            assert ask(client, "").usage.prompt_tokens == 1
 
 
 def test_the_async_client_and_many_at_once(server: Server) -> None:
