@@ -22,6 +22,7 @@ __all__ = ["Draw", "adjust", "best", "not_finite", "sample", "uniform"]
 BEST_FIRST = (
     1024  # so many best tokens nearly always hold top_p, and are found much faster than by sorting all
 )
+COLDEST = 1e-30  # what divides float32 must not be 0 there
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +115,7 @@ def adjust(logits_V: Tensor, draw: Draw) -> None:
 def _drawn(logits_V: Tensor, draw: Draw) -> Tensor:
     """The token at a temperature, after the filters: an integer."""
     options = draw.options
-    probability_C = ((logits_V - logits_V.amax()) / options.temperature).softmax(-1)
+    probability_C = ((logits_V - logits_V.amax()) / max(options.temperature, COLDEST)).softmax(-1)
     token_C = None
     if options.top_k or options.top_p < 1:
         token_C = _kept(probability_C, options.top_k, options.top_p).sort().values
@@ -138,6 +139,7 @@ def _kept(probability_V: Tensor, top_k: int, top_p: float) -> Tensor:
         share_C = best_C.double()
         total = share_C.sum() if top_k else probability_V.sum(dtype=torch.float64)
         kept_C = share_C.cumsum(0) - share_C < top_p * total
+        kept_C[0] = True  # the least top_p times a total may be 0
         if top_k or count >= size or not bool(kept_C[-1]):
             return token_C[kept_C]
         count *= 16

@@ -20,6 +20,7 @@ __all__ = ["parsed", "read_body", "validated"]
 Model = TypeVar("Model", bound=BaseModel)
 # Possessive and without need of a closing quote: one pass, whatever the bytes are.
 STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
+INFINITE = re.compile(rb"NaN|Infinity|[0-9][eE]\+?[0-9]{3}|[0-9]{308}")  # where such a number may be
 NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 LARGEST_EXACT = 2**53
 LARGE_BYTES = 64 * 1024  # parsed beside the event loop
@@ -69,12 +70,7 @@ def _parsed(body: bytes) -> dict[str, Any]:
     if _depth(body) > MOST_DEPTH:
         raise Refusal(400, f"the body is nested more than {MOST_DEPTH} deep", code="too_deep")
     try:
-        value = json.loads(
-            body.decode("utf-8"),
-            object_pairs_hook=_object,
-            parse_constant=_no_constant,
-            parse_float=_number,
-        )
+        value = json.loads(body.decode("utf-8"), object_pairs_hook=_object, parse_float=_number)
         if b"\\u" in body:
             json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
@@ -82,7 +78,21 @@ def _parsed(body: bytes) -> dict[str, Any]:
         raise Refusal(400, f"the body is not JSON that can be read: {said[:200]}", code="bad_json") from None
     if not isinstance(value, dict):
         raise Refusal(400, "the body is JSON, but not an object", code="bad_json")
+    if INFINITE.search(body) and (place := _infinite(value)):
+        said = "is NaN, Infinity or a number too large for JSON"
+        raise Refusal(400, f"{'.'.join(place)} {said}", param=".".join(place), code="bad_json")
     return value
+
+
+def _infinite(value: Any) -> tuple[str, ...]:
+    """Where a number is that is none in JSON; empty if there is none."""
+    pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, one in pairs:
+        if isinstance(one, float) and not math.isfinite(one):
+            return (str(key)[:100],)
+        if place := _infinite(one):
+            return (str(key)[:100], *place)
+    return ()
 
 
 def _depth(body: bytes) -> int:
@@ -103,16 +113,10 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _no_constant(name: str) -> float:
-    raise ValueError(f"{name} is not a number of JSON")
-
-
 def _number(text: str) -> float:
     """A number with a point or an exponent; 1.0 is an integer to JSON schemas, and here."""
     value = float(text)
-    if not math.isfinite(value):
-        raise ValueError("a number is too large")
-    return int(value) if value.is_integer() and abs(value) < LARGEST_EXACT else value
+    return int(value) if abs(value) < LARGEST_EXACT and value.is_integer() else value
 
 
 def validated(kind: type[Model], value: Mapping[str, Any], refused: Mapping[str, str]) -> Model:

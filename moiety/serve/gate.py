@@ -26,6 +26,7 @@ __all__ = ["Ask", "Gate", "Group"]
 
 LONGEST_RETRY_S = 60
 QUEUED_SEQUENCES = 16  # of the longest there can be: what may wait when nothing else is said
+FAILURES = (MoietyError, RuntimeError, ValueError, TypeError, LookupError, ArithmeticError)
 logger = logging.getLogger("moiety.serve")
 
 
@@ -218,8 +219,8 @@ class Gate:
                 begun_s, before = time.perf_counter(), self.engine.computed_tokens
                 try:
                     self.engine.step()
-                except (MoietyError, RuntimeError) as error:  # its requests have ended with an error
-                    logger.error("a step failed: %s: %s", type(error).__name__, error)
+                except FAILURES:  # the step's requests have ended with an error, and the next ones need not
+                    logger.exception("a step failed")
                 spent_s = max(time.perf_counter() - begun_s, 1e-6)
                 rate = (self.engine.computed_tokens - before) / spent_s
                 self._tokens_per_s += 0.1 * (rate - self._tokens_per_s)
@@ -227,4 +228,5 @@ class Gate:
                 self._loop.call_soon_threadsafe(self._deliver, events)
         finally:
             if not self._stopping.is_set():  # something that only a bug can cause: nobody may wait for ever
+                self.drain()
                 self._loop.call_soon_threadsafe(self._fail_all, "the engine has failed")

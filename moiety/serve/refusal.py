@@ -13,7 +13,7 @@ from moiety.errors import BusyError, MoietyError
 __all__ = ["ErrorBody", "ErrorReply", "Refusal", "refusal_of"]
 
 LONGEST = 1000
-SAME_NAMES = ("logit_bias", "logprobs", "max_tokens", "min_tokens", "seed", "stop")  # here and in the engine
+SAME_NAMES = ("logit_bias", "logprobs", "max_tokens", "min_tokens", "prompt", "seed", "stop")  # here and in the engine
 KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
@@ -79,6 +79,6 @@ def refusal_of(error: MoietyError, param: str | None = None, **more: Any) -> Ref
     if isinstance(error, Refusal):
         return error
     message = error.message if error.hint is None else f"{error.message}; {error.hint}"
-    first = error.message.partition(" ")[0]
+    first = error.message.removeprefix("the ").partition(" ")[0]
     param = {"stop_ids": "stop_token_ids", **{name: name for name in SAME_NAMES}}.get(first, param)
     return Refusal(429 if isinstance(error, BusyError) else 400, message, param=param, **more)

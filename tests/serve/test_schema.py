@@ -79,7 +79,7 @@ def _tried(statuses: Counter[int]) -> Any:
                 case.body = possible(case.body)
         if case.path_parameters and len(query) > 1:
             case.path_parameters["model"] = NAME
-        answer = case.call(params=query)
+        answer = case.call(params=query, timeout=60)
         statuses[answer.status_code] += 1
         case.validate_response(answer, checks=CHECKS)
 
@@ -92,8 +92,10 @@ def possible(body: dict[str, Any]) -> dict[str, Any]:
     if isinstance(body.get("prompt"), list):
         found["prompt"] = [_small(one) for one in body["prompt"]][:4]
     for name in ("max_tokens", "max_completion_tokens", "max_output_tokens"):
-        if body.get(name) is not None:
-            found[name] = min(body[name], 6)
+        if name in body:
+            found[name] = min(body[name] or 6, 6)
+    if body.get("n"):
+        found["n"] = min(body["n"], 3)
     if body.get("min_tokens"):
         found["min_tokens"] = 1
     if body.get("stop_token_ids"):
