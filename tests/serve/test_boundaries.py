@@ -62,9 +62,7 @@ def values(least: float, most: float) -> list[tuple[str, bool]]:
     else:
         edges = [least - 1, least, most, most + 1]
     numbers: list[float] = [*edges, 0, -1, 10**30, 1.5]
-    fits = [
-        least <= one <= most and (isinstance(least, float) or float(one).is_integer()) for one in numbers
-    ]
+    fits = [least <= one <= most and (isinstance(least, float) or float(one).is_integer()) for one in numbers]
     others = [("NaN", False), ("-Infinity", False), ('"1"', False), ("true", False), ("null", True)]
     return [*((json.dumps(one), fit) for one, fit in zip(numbers, fits, strict=True)), *others]
 
