@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from moiety.errors import MoietyError, UsageError
 
-__all__ = ["COMMANDS", "main"]
+__all__ = ["COMMANDS", "main", "version"]
 
 COMMANDS = {
     "demo": "train a small MoE and its dense twin on real text, compare them, open the report",
@@ -21,6 +21,7 @@ COMMANDS = {
     "evaluate": "score text with a trained model, also with other numbers of experts per token",
     "generate": "continue a prompt with a trained model",
     "chat": "talk to a model, line by line",
+    "serve": "answer requests over HTTP, as clients of OpenAI expect it",
     "trace": "show which experts each token of a prompt went to, and why",
     "gradients": "check that every router and expert of a model gets a gradient",
     "routers": "list the routers there are, or explain one",
@@ -62,7 +63,7 @@ def _run(words: list[str]) -> int:
         print(_overview())
         return 0
     if words[0] == "--version":
-        print(_version())
+        print(version())
         return 0
     name, rest = words[0], words[1:]
     if name not in COMMANDS:
@@ -79,11 +80,13 @@ def _run(words: list[str]) -> int:
     return int(result or 0)
 
 
-def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
+def version() -> str:
+    """The installed program's version."""
+    from importlib.metadata import PackageNotFoundError
+    from importlib.metadata import version as installed
 
     try:
-        return version("moiety")
+        return installed("moiety")
     except PackageNotFoundError:
         return "unknown: this is a checkout that was never installed"
 

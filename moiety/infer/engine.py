@@ -26,8 +26,9 @@ from moiety.errors import BusyError, ConfigError, MoietyError, UsageError
 from moiety.infer.drafts import Drafter
 from moiety.infer.options import EngineOptions, RequestOptions
 from moiety.infer.pages import Pages
-from moiety.infer.request import Reason, Request, State
-from moiety.infer.runner import Drawn, Outcome, Runner, imbalance
+from moiety.infer.request import Constraint, Drawn, Reason, Request, State
+from moiety.infer.routed import RoutedExperts
+from moiety.infer.runner import Outcome, Runner, imbalance
 from moiety.infer.scheduler import Scheduler, Slice
 from moiety.infer.stops import AnswerText
 from moiety.model.paged import PagePool
@@ -296,6 +297,7 @@ class Engine:
         options: RequestOptions | None = None,
         *,
         listener: Listener | None = None,
+        constraint: Constraint | None = None,
     ) -> Handle:
         """Take in a request; it is worked on by the steps from now on.
 
@@ -303,6 +305,7 @@ class Engine:
             prompt: Text, or token ids.
             options: How to answer it.
             listener: Called with every event, by the thread that makes the step; it must not block.
+            constraint: What the answer may be, for this request alone.
 
         Raises:
             UsageError: a prompt or options that this model or these pages can never serve.
@@ -313,7 +316,14 @@ class Engine:
         text = None if self._tokenizer is None else AnswerText(TextStream(self._tokenizer), options.stop)
         with self._inbox:
             request = Request(
-                self._submitted, tokens, options, ends=self._ends, longest=self.max_positions, text=text
+                self._submitted,
+                tokens,
+                options,
+                ends=self._ends,
+                longest=self.max_positions,
+                text=text,
+                constraint=constraint,
+                routed=RoutedExperts() if options.record_routing else None,
             )
             self._scheduler.refuse(request, coming=len(self._coming))
             request.submitted_s = time.perf_counter()
@@ -483,6 +493,10 @@ class Engine:
         """Pairs of each expert in the last step, (E,), by layer; none in a dense model."""
         return self._runner.counts
 
+    def expert_totals(self) -> Mapping[int, Tensor]:
+        """The same in all steps so far."""
+        return dict(self._runner.totals)
+
     def check(self) -> None:
         """Assert that no page leaked and nobody was overtaken; for tests."""
         with self._stepping:
@@ -524,6 +538,7 @@ class Engine:
     def _settle(self, piece: Slice, outcome: Outcome, now_s: float) -> int:
         """Take what came of a slice; how many tokens that was."""
         request, appended = piece.request, 0
+        request.scored[piece.start :] = outcome.scored
         for drawn in outcome.drawn:
             text = request.append(drawn.token, now_s)
             appended += 1

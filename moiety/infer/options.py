@@ -62,6 +62,10 @@ class RequestOptions:
     logit_bias: Mapping[int, float] = field(
         default_factory=dict, metadata={"help": "added to the logits of these tokens"}
     )
+    prompt_logprobs: int | None = option(
+        None, help="ln p of every token of the prompt but the first, and of this many best ones"
+    )
+    record_routing: bool = option(False, help="keep which experts every token went to")
     salt: str = option("", help="work on a prompt's start is shared only among requests of the same salt")
 
     def __post_init__(self) -> None:
@@ -74,8 +78,8 @@ class RequestOptions:
             "min_tokens may be at most max_tokens",
         )
         for name in ("stop", "stop_ids"):
-            count = len(getattr(self, name))
-            require(count <= MOST_STOPS, f"{name} has {count} entries; at most {MOST_STOPS} are allowed")
+            entries = len(getattr(self, name))
+            require(entries <= MOST_STOPS, f"{name} has {entries} entries; at most {MOST_STOPS} are allowed")
         for text in self.stop:
             length = len(text)
             require(
@@ -83,10 +87,12 @@ class RequestOptions:
                 f"a stop text has {length} characters; allowed is 1 to {LONGEST_STOP}",
             )
         require(min(self.stop_ids, default=0) >= 0, f"stop_ids are {self.stop_ids}; tokens are not negative")
-        require(
-            self.logprobs is None or 0 <= self.logprobs <= MOST_LOGPROBS,
-            f"logprobs is {self.logprobs}; allowed is none or 0 to {MOST_LOGPROBS}",
-        )
+        for name in ("logprobs", "prompt_logprobs"):
+            count = getattr(self, name)
+            require(
+                count is None or 0 <= count <= MOST_LOGPROBS,
+                f"{name} is {count}; allowed is none or 0 to {MOST_LOGPROBS}",
+            )
         biases = self.logit_bias
         require(
             len(biases) <= MOST_BIASES,

@@ -34,6 +34,7 @@ class Draw:
         answer: Tokens of it so far; how many there are is n.
         forbidden: Tokens that cannot be drawn.
         bias: Added to the logits of these tokens.
+        allowed: One byte for each token, 0 for those that cannot be drawn; tokens past its end cannot either.
     """
 
     options: SamplingOptions
@@ -41,6 +42,7 @@ class Draw:
     answer: Sequence[int] = ()
     forbidden: frozenset[int] = frozenset()
     bias: Mapping[int, float] = field(default_factory=dict)
+    allowed: bytes | None = None
 
 
 def not_finite() -> MoietyError:
@@ -85,7 +87,7 @@ def _changes(draw: Draw) -> bool:
     """True if logits are not drawn from as they are."""
     options = draw.options
     penalties = (options.repetition_penalty - 1, options.presence_penalty, options.frequency_penalty)
-    return any(penalties) or bool(draw.bias) or bool(draw.forbidden)
+    return any(penalties) or bool(draw.bias) or bool(draw.forbidden) or draw.allowed is not None
 
 
 def adjust(logits_V: Tensor, draw: Draw) -> None:
@@ -103,6 +105,10 @@ def adjust(logits_V: Tensor, draw: Draw) -> None:
         logits_V[list(draw.bias)] += torch.tensor(list(draw.bias.values()))
     if draw.forbidden:
         logits_V[list(draw.forbidden)] = float("-inf")
+    if draw.allowed is not None:
+        refused_V = torch.frombuffer(bytearray(draw.allowed), dtype=torch.uint8)[: len(logits_V)] == 0
+        logits_V[: len(refused_V)].masked_fill_(refused_V, float("-inf"))
+        logits_V[len(refused_V) :] = float("-inf")
 
 
 def _drawn(logits_V: Tensor, draw: Draw) -> Tensor:

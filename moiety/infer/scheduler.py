@@ -115,8 +115,8 @@ class Scheduler:
         """Give the oldest waiting request pages for all its tokens, if that leaves one for each that runs."""
         if len(self.running) >= self._max_requests:
             return False
-        reused = self.pages.reuse(request.table, request.tokens)
-        if any(self._computes(other, request) for other in self.running):
+        reused = self.pages.reuse(request.table, request.tokens) if request.reuses else 0
+        if request.reuses and any(self._computes(other, request) for other in self.running):
             self.pages.release(request.table)
             return False
         missing = self.pages.needed(len(request.tokens)) - len(request.table.pages)
@@ -157,7 +157,7 @@ class Scheduler:
         for piece in slices:
             request = piece.request
             room = min(left, request.most - request.drawn - 1)
-            if piece.draws and piece.size == 1 and room > 0:
+            if piece.draws and piece.size == 1 and room > 0 and request.guesses:
                 request.ngrams = request.ngrams or NGrams()
                 drafts = draft(request.ngrams, request.tokens, room, sequences, tokens)
                 if drafts and not self.pages.extend(request.table, len(request.tokens) + len(drafts)):
