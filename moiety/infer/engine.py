@@ -489,6 +489,11 @@ class Engine:
             imbalance=imbalance(list(self._runner.counts.values())),
         )
 
+    @property
+    def computed_tokens(self) -> int:
+        """Tokens that went through the model so far."""
+        return self._computed
+
     def expert_counts(self) -> Mapping[int, Tensor]:
         """Pairs of each expert in the last step, (E,), by layer; none in a dense model."""
         return self._runner.counts

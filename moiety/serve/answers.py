@@ -93,6 +93,24 @@ class Served:
                 code="model_not_found",
             )
 
+    def encode(self, text: str, param: str, *, with_special: bool = False) -> list[int]:
+        """Tokens of a text; one that cannot be short enough is not even looked at."""
+        longest = self.engine.max_positions
+        if len(text) > longest * self._longest_piece:
+            raise Refusal(
+                400,
+                f"{param} has {len(text)} characters, which are more than {longest} tokens",
+                param=param,
+                code="context_length_exceeded",
+            )
+        encode = self.tokenizer.encode_with_special if with_special else self.tokenizer.encode
+        return encode(text) or [self.tokenizer.end_id]
+
+    @functools.cached_property
+    def _longest_piece(self) -> int:
+        letters = max(map(len, self._special.values()), default=0)
+        return max(letters, *self.tokenizer.byte_counts())
+
     def piece(self, token: int) -> str:
         """A token as text; a special one by its letters, a part of a character by its bytes."""
         written = self.tokenizer.bytes_of((token,))

@@ -151,7 +151,7 @@ def rendered(
         raise Refusal(400, f"the chat template failed: {error.message}", param=param) from error
     except MoietyError as error:
         raise refusal_of(error, param) from error
-    return served.tokenizer.encode_with_special(text) or [served.tokenizer.end_id]
+    return served.encode(text, param, with_special=True)
 
 
 def _functions(asked: ChatRequest) -> dict[str, Mapping[str, Any]]:

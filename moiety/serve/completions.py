@@ -80,8 +80,7 @@ def _prompts(served: Served, asked: CompletionRequest) -> list[list[int]]:
     """Every prompt as tokens."""
     given = asked.prompt
     several: Sequence[Any] = given if isinstance(given, list) and not isinstance(given[0], int) else [given]
-    empty = [served.tokenizer.end_id]
-    return [(served.tokenizer.encode(one) or empty) if isinstance(one, str) else list(one) for one in several]
+    return [served.encode(one, "prompt") if isinstance(one, str) else list(one) for one in several]
 
 
 def _options(served: Served, asked: CompletionRequest, prompt: list[int], number: int) -> Any:

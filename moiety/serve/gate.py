@@ -208,13 +208,13 @@ class Gate:
             while not self._stopping.is_set():
                 if not self.engine.wait(0.2):
                     continue
-                begun_s, before = time.perf_counter(), self.engine.statistics().computed_tokens
+                begun_s, before = time.perf_counter(), self.engine.computed_tokens
                 try:
                     self.engine.step()
                 except (MoietyError, RuntimeError) as error:  # its requests have ended with an error
                     logger.error("a step failed: %s: %s", type(error).__name__, error)
                 spent_s = max(time.perf_counter() - begun_s, 1e-6)
-                rate = (self.engine.statistics().computed_tokens - before) / spent_s
+                rate = (self.engine.computed_tokens - before) / spent_s
                 self._tokens_per_s += 0.1 * (rate - self._tokens_per_s)
                 events = [self._fresh.popleft() for _ in range(len(self._fresh))]
                 self._loop.call_soon_threadsafe(self._deliver, events)

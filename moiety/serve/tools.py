@@ -55,10 +55,13 @@ def _called(text: str, names: Collection[str]) -> list[Call]:
         return []
     calls = []
     for one in value if isinstance(value, list) else [value]:
-        arguments = one.get("arguments", one.get("parameters", {})) if isinstance(one, dict) else None
-        if not isinstance(arguments, dict) or one.get("name") not in names:
+        name = one.get("name") if isinstance(one, dict) else None
+        if not isinstance(name, str) or name not in names:
             return []
-        calls.append(call(one["name"], arguments))
+        arguments = one.get("arguments", one.get("parameters", {}))
+        if not isinstance(arguments, dict):
+            return []
+        calls.append(call(name, arguments))
     return calls
 
 

@@ -145,6 +145,10 @@ def test_contexts_at_their_edge(http: httpx.Client) -> None:
     refused(complete(http, prompt=[7] * 257, max_tokens=0, echo=True), None)
     assert complete(http, prompt=[7] * 250, max_tokens=None).json()["usage"]["total_tokens"] <= 256
     refused(complete(http, max_tokens=0), "max_tokens")
+    assert "characters" in refused(complete(http, prompt="a" * 3_000_000), "prompt")
+    assert "characters" in refused(
+        chat(http, messages=[{"role": "user", "content": "a" * 500_000}]), "messages"
+    )
     assert "299" in refused(complete(http, prompt=[300]), None)
 
 
