@@ -8,7 +8,14 @@ from dataclasses import dataclass, field
 from moiety.config import check_types, option, require
 from moiety.errors import ConfigError
 
-__all__ = ["BenchOptions", "EngineOptions", "RequestOptions", "SamplingOptions", "biases_named"]
+__all__ = [
+    "BenchOptions",
+    "EngineOptions",
+    "RequestOptions",
+    "SamplingOptions",
+    "TaskOptions",
+    "biases_named",
+]
 
 KV_DTYPES = ("auto", "fp32", "bf16")
 MOST_BIASES, MOST_STOPS, LONGEST_STOP, MOST_LOGPROBS = 1024, 64, 1024, 100
@@ -65,6 +72,7 @@ class RequestOptions:
     prompt_logprobs: int | None = option(
         None, help="ln p of every token of the prompt but the first, and of this many best ones"
     )
+    scored_from: int = option(1, help="the first token of the prompt that prompt_logprobs is about")
     record_routing: bool = option(False, help="keep which experts every token went to")
     salt: str = option("", help="work on a prompt's start is shared only among requests of the same salt")
 
@@ -72,6 +80,7 @@ class RequestOptions:
         check_types(self)
         require(self.max_tokens >= 1, f"max_tokens is {self.max_tokens}; it must be positive")
         require(self.min_tokens >= 0, f"min_tokens is {self.min_tokens}; it must not be negative")
+        require(self.scored_from >= 1, f"scored_from is {self.scored_from}; nothing foresees the first token")
         require(
             self.min_tokens <= self.max_tokens,
             f"min_tokens is {self.min_tokens}, max_tokens is {self.max_tokens}",
@@ -136,6 +145,24 @@ class EngineOptions:
             f"step_tokens is {self.step_tokens}, max_requests is {self.max_requests}",
             "every request takes at least one token of a step: raise step_tokens or lower max_requests",
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskOptions:
+    """Which part of the tasks of lm-evaluation-harness, and how they are put to the model."""
+
+    limit: int = option(0, help="most examples of each task; 0 takes all")
+    include_path: str = option("", help="a folder with tasks of your own, as YAML")
+    fewshot: int = option(-1, help="examples before each question; -1 takes each task's own number")
+    chat: bool = option(False, help="put questions through the model's chat template")
+    run_code: bool = option(
+        False, help="let tasks run the programs that the model writes, as you and on this machine"
+    )
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        require(self.limit >= 0, f"limit is {self.limit}; it must not be negative")
+        require(self.fewshot >= -1, f"fewshot is {self.fewshot}; allowed is -1 and more")
 
 
 def biases_named(text: str) -> dict[int, float]:
