@@ -8,9 +8,10 @@ too long are those of lm_eval's own model for transformers, so figures can be co
 from __future__ import annotations
 
 import difflib
+import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, final
 
@@ -29,7 +30,7 @@ from moiety.infer.open import Opened
 from moiety.infer.options import EngineOptions, RequestOptions, SamplingOptions, TaskOptions
 from moiety.infer.request import Drawn
 
-__all__ = ["EngineModel", "run_tasks"]
+__all__ = ["EngineModel", "Figure", "figures_of", "run_tasks"]
 
 AT_ONCE = 1024  # requests whose tokens are kept at a time
 MOST_NEW_TOKENS = 256  # of an answer, where a task does not say
@@ -66,8 +67,6 @@ def run_tasks(
     options: TaskOptions,
     engine: EngineOptions,
     say: Callable[[str], object] = lambda line: None,
-    *,
-    manager: TaskManager | None = None,
 ) -> dict[str, Any]:
     """Work on tasks.
 
@@ -77,7 +76,6 @@ def run_tasks(
         options: Which part of them, and how.
         engine: Of the engine.
         say: Called with a line now and then.
-        manager: Knows the tasks; None reads the names of all that lm_eval has, which takes seconds.
 
     Returns:
         What lm_eval reports: `results` by task and metric, `n-shot`, `n-samples`, `versions`, ...
@@ -90,8 +88,7 @@ def run_tasks(
     if options.chat and opened.tokenizer.chat_template is None:
         raise UsageError("this model has no chat template", hint="leave out --chat")
     model = EngineModel(opened, engine, say)
-    manager = manager or TaskManager(include_path=options.include_path or None)
-    loaded = _loaded(manager, names)
+    manager, loaded = _found(names, options.include_path)
     unsafe = [name for name, task in loaded["tasks"].items() if task.get_config("unsafe_code")]
     if unsafe and not options.run_code:
         raise UsageError(
@@ -115,6 +112,66 @@ def run_tasks(
     return found
 
 
+class Figure(NamedTuple):
+    """One metric of one task or group.
+
+    Args:
+        task: Its name.
+        metric: Its name.
+        filter: How the answer was taken from the text; "none" mostly.
+        value: None where it is not a finite number.
+        stderr: Standard error; None where lm_eval has none.
+        examples: How many were asked; None for a group.
+        fewshot: Examples before each question.
+        version: Of the task.
+    """
+
+    task: str
+    metric: str
+    filter: str
+    value: float | None
+    stderr: float | None
+    examples: int | None
+    fewshot: int
+    version: Any
+
+
+def figures_of(found: Mapping[str, Any]) -> list[Figure]:
+    """The figures in what `run_tasks` returns."""
+
+    def number(value: Any) -> float | None:
+        return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+    rows = []
+    for task, values in found["results"].items():
+        for name, value in values.items():
+            metric, comma, form = name.partition(",")
+            if comma and not metric.endswith("_stderr"):
+                rows.append(
+                    Figure(
+                        task,
+                        metric,
+                        form,
+                        number(value),
+                        number(values.get(f"{metric}_stderr,{form}")),
+                        found["n-samples"].get(task, {}).get("effective"),
+                        found["n-shot"][task],
+                        found["versions"].get(task),
+                    )
+                )
+    return rows
+
+
+def _found(names: Sequence[str], folder: str) -> tuple[TaskManager, Any]:
+    """Tasks of one's own folder; reading the names of all that lm_eval has takes seconds, so it comes second."""
+    if folder:
+        with suppress(DataError, UsageError):
+            own = TaskManager(include_path=folder, include_defaults=False)
+            return own, _loaded(own, names)
+    manager = TaskManager(include_path=folder or None)
+    return manager, _loaded(manager, names)
+
+
 def _loaded(manager: TaskManager, names: Sequence[str]) -> Any:
     """The tasks with their data."""
     for name in names:
@@ -122,7 +179,9 @@ def _loaded(manager: TaskManager, names: Sequence[str]) -> Any:
             close = difflib.get_close_matches(name, manager.all_tasks, n=3)
             raise UsageError(
                 f"there is no task {name!r} among {len(manager.all_tasks):,}",
-                hint=f"did you mean {', '.join(close)}?" if close else "--include-path names a folder of your own",
+                hint=f"did you mean {', '.join(close)}?"
+                if close
+                else "--include-path names a folder of your own",
             )
     try:
         return manager.load(list(names))
@@ -167,7 +226,7 @@ class EngineModel(TemplateLM):  # type: ignore[misc]
 
     @property
     def prefix_token_id(self) -> int:
-        """What comes before a text that has nothing before it: the token that begins texts, or the one that ends them."""
+        """What comes before a text with nothing before it: the token that begins texts, else the one that ends them."""
         return self._first_id
 
     @property

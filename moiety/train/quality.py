@@ -1,10 +1,10 @@
-"""What fewer bits cost: a model's predictions against those it had, on held-out text, with confidence intervals."""
+"""How a changed model predicts held-out text, against what it predicted before, with confidence intervals."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ from moiety.model.transformer import ModelOutput, Transformer
 from moiety.train.data import Batch
 from moiety.train.evaluate import real_tokens
 
-__all__ = ["Interval", "Quality", "compare"]
+__all__ = ["Interval", "Quality", "compare", "together"]
 
 RESAMPLES = 1000
 SLICE_ELEMENTS = 1 << 21  # log-probabilities that are compared at once
@@ -89,6 +89,13 @@ class Quality:
     def agreement(self) -> Interval:
         """Share of positions where both would choose the same token."""
         return self._per_token(self.agree_S)
+
+
+def together(parts: Sequence[Quality]) -> Quality:
+    """What was found on several texts, as found on all of them."""
+    fields = ("nats_S", "reference_nats_S", "kl_S", "agree_S", "tokens_S")
+    joined = {name: np.concatenate([getattr(part, name) for part in parts]) for name in fields}
+    return Quality(**joined, size_bytes=sum(part.size_bytes for part in parts))
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moiety.errors import DataError, UsageError
 from moiety.infer.engine import Engine
-from moiety.infer.harness import EngineModel, run_tasks
+from moiety.infer.harness import EngineModel, _loaded, run_tasks
 from moiety.infer.open import Opened, open_model
 from moiety.infer.options import EngineOptions, RequestOptions, SamplingOptions, TaskOptions
 from moiety.model import checkpoint
@@ -162,7 +162,9 @@ def test_every_answer_is_that_of_transformers(made: Made) -> None:
     rolling = requests("loglikelihood_rolling", *[(text,) for text in (*TEXTS, "")])
     expected = made.twin.loglikelihood_rolling(rolling)
     assert ours.loglikelihood_rolling(rolling) == pytest.approx(expected, abs=1e-4)
-    begun = [one for one in GENERATED if ours.tok_encode(one[0])]  # transformers cannot go on from no token at all
+    begun = [
+        one for one in GENERATED if ours.tok_encode(one[0])
+    ]  # transformers cannot go on from no token at all
     generated = requests("generate_until", *begun)
     assert ours.generate_until(generated) == made.twin.generate_until(generated)
 
@@ -181,8 +183,8 @@ def test_tasks_have_the_figures_of_transformers(made: Made, folder: Path) -> Non
     said: list[str] = []
     manager = TaskManager(include_path=str(folder), include_defaults=False)
     for chat, fewshot in ((False, 1), (True, -1)):
-        options = TaskOptions(fewshot=fewshot, chat=chat)
-        found = run_tasks(made.opened, TASKS, options, EngineOptions(), said.append, manager=manager)
+        options = TaskOptions(fewshot=fewshot, chat=chat, include_path=str(folder))
+        found = run_tasks(made.opened, TASKS, options, EngineOptions(), said.append)
         true = simple_evaluate(
             made.twin,
             tasks=list(TASKS),
@@ -194,7 +196,8 @@ def test_tasks_have_the_figures_of_transformers(made: Made, folder: Path) -> Non
         ours, theirs = figures(found), figures(true)
         assert ours == pytest.approx(theirs, rel=1e-4) and len(ours) == 5, (ours, theirs)
         assert found["n-samples"]["choice_task"]["effective"] == len(QUESTIONS) and said
-    part = run_tasks(made.opened, ["all_tasks"], TaskOptions(limit=2), EngineOptions(), manager=manager)
+    some = TaskOptions(limit=2, include_path=str(folder))
+    part = run_tasks(made.opened, ["all_tasks"], some, EngineOptions())
     assert part["n-samples"]["text_task"]["effective"] == 2 and part["group_subtasks"]
 
 
@@ -223,11 +226,8 @@ def test_the_server_gives_the_same_figures(
         assert mine[0] == pytest.approx(theirs[0], abs=1e-4) and mine[1] == theirs[1]
     manager = TaskManager(include_path=str(folder), include_defaults=False)
     names = ["choice_task", "answer_task"]
-    true = figures(
-        run_tasks(
-            made.opened, names, TaskOptions(), EngineOptions(max_positions=LONGEST - 2), manager=manager
-        )
-    )
+    options = TaskOptions(include_path=str(folder))
+    true = figures(run_tasks(made.opened, names, options, EngineOptions(max_positions=LONGEST - 2)))
     over = simple_evaluate(through_server, tasks=names, task_manager=manager, bootstrap_iters=0)
     assert figures(over) == pytest.approx(true, rel=1e-4)
     rolling = requests("loglikelihood_rolling", ("the best of times",))
@@ -260,20 +260,18 @@ def test_what_cannot_be_is_refused(made: Made, folder: Path, tmp_path: Path) -> 
     (tmp_path / "a.yaml").write_text(yaml.safe_dump(broken | absent))
     (tmp_path / "b.yaml").write_text(yaml.safe_dump(coding | {"task": "coding_task"}))
     manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
-
-    def run(name: str, **options: Any) -> Any:
-        return run_tasks(
-            made.opened, [name], TaskOptions(limit=1, **options), EngineOptions(), manager=manager
-        )
-
     with pytest.raises(DataError, match=r"broken_task cannot be loaded: .*absent\.jsonl"):
-        run("broken_task")
-    with pytest.raises(UsageError, match="coding_task runs programs that the model wrote"):
-        run("coding_task")
-    assert figures(run("coding_task", run_code=True))
+        _loaded(manager, ["broken_task"])
     with pytest.raises(UsageError, match="no task 'coding_tusk'") as refused:
-        run("coding_tusk")
+        _loaded(manager, ["coding_tusk"])
     assert refused.value.hint == "did you mean coding_task?"
-    plain = made.opened._replace(tokenizer=train_tokenizer([TEXT], 300))
+
+    def run(opened: Opened, **options: bool) -> Any:
+        some = TaskOptions(limit=1, include_path=str(tmp_path), **options)
+        return run_tasks(opened, ["coding_task"], some, EngineOptions())
+
+    with pytest.raises(UsageError, match="coding_task runs programs that the model wrote"):
+        run(made.opened)
+    assert figures(run(made.opened, run_code=True))
     with pytest.raises(UsageError, match="no chat template"):
-        run_tasks(plain, ["coding_task"], TaskOptions(chat=True), EngineOptions(), manager=manager)
+        run(made.opened._replace(tokenizer=train_tokenizer([TEXT], 300)), chat=True)
