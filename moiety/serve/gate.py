@@ -87,13 +87,20 @@ class Group:
                 events, self._events = self._events, []
                 for _, event in events:
                     if event.reason == "error":
-                        raise Refusal(500, event.error)
+                        logger.error("an answer ended with an error: %s", event.error)
+                        raise Refusal(500, _told(event.error))
                     self._left -= event.reason is not None
                 if self._failure is not None and self._left:
                     raise self._failure
                 yield events
         finally:
             self._ended(self)
+
+
+def _told(error: str) -> str:
+    """What a client is told of an error: its first line, unless that may name a file."""
+    first = error.partition("\n")[0]
+    return "the answer could not be computed" if "/" in first or "\\" in first else first
 
 
 @final

@@ -22,6 +22,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from moiety.errors import ConfigError, UsageError
 from moiety.infer.engine import Engine
 from moiety.model import checkpoint
+from moiety.serve.gate import _told
 from moiety.serve.options import ServeOptions, is_loopback
 from moiety.serve.server import Server
 from tests.serve.conftest import NAME, client_of, eventually, opened, serving
@@ -283,6 +284,8 @@ def test_a_step_that_fails_ends_its_answers_alone(monkeypatch: pytest.MonkeyPatc
 
         def broken(slices: Any) -> Any:
             raise RuntimeError("/secret/path is broken")
+
+        assert _told("expert 3 of /secret/path is torn\nhint: /secret") == "the answer could not be computed"
 
         monkeypatch.setattr(engine._runner, "run", broken)
         with pytest.raises(openai.InternalServerError) as caught:
