@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
@@ -11,17 +11,23 @@ from moiety.cli.output import command, talk
 from moiety.cli.own import import_own_routers
 from moiety.errors import UsageError
 from moiety.infer.options import EngineOptions, SamplingOptions
+from moiety.serve.client import RemoteConversation, RemoteOptions, reach
+
+if TYPE_CHECKING:
+    from moiety.infer.conversation import Conversation
 
 __all__ = ["app"]
 
+CONTROLS = (*range(9), *range(11, 32), *range(127, 160))  # what could move a terminal's cursor
 app = command("moiety chat", "Talk to a model, line by line; an empty line or Ctrl-D ends.")
 
 
 @app.default
 def chat(
-    path: str,
+    path: str = "",
     /,
     *,
+    remote: Annotated[RemoteOptions, Parameter(name="*")] = RemoteOptions(),
     system: Annotated[str, Parameter(help="what the model is told first, if it was taught to chat")] = "",
     max_tokens: Annotated[int, Parameter(help="most tokens in an answer")] = 80,
     sampling: Annotated[SamplingOptions, Parameter(name="*")] = SamplingOptions(),
@@ -38,24 +44,37 @@ def chat(
     Parameters
     ----------
     path
-        A checkpoint or run folder, a .gguf file, or owner/name on the hub.
+        A checkpoint or run folder, a .gguf file, or owner/name on the hub; none with --url.
     """
-    from moiety.infer.conversation import Conversation
-    from moiety.infer.open import open_model
-
+    here = (path, backend, experts_per_token, engine, plain, router)
+    if bool(path) == bool(remote.url) or (remote.url and here != ("", "auto", 0, EngineOptions(), False, "")):
+        raise UsageError(
+            "one of a path and --url is wanted, and a server has options of its own",
+            hint="moiety chat --url http://127.0.0.1:8000",
+        )
     if plain and engine != EngineOptions():
         raise UsageError("--plain has no engine", hint="leave out the engine's options")
-    import_own_routers(router)
-    opened = open_model(path, backend=backend, experts_per_token=experts_per_token)
-    conversation = Conversation(
-        opened, system=system, max_tokens=max_tokens, sampling=sampling, plain=plain, options=engine
-    )
+    conversation: Conversation | RemoteConversation
+    if remote.url:
+        client, name = reach(remote)
+        conversation = RemoteConversation(
+            client, name, system=system, max_tokens=max_tokens, sampling=sampling
+        )
+    else:
+        from moiety.infer.conversation import Conversation
+        from moiety.infer.open import open_model
+
+        import_own_routers(router)
+        opened = open_model(path, backend=backend, experts_per_token=experts_per_token)
+        conversation = Conversation(
+            opened, system=system, max_tokens=max_tokens, sampling=sampling, plain=plain, options=engine
+        )
     console = talk()
     about = "" if conversation.has_format else "; the model continues text, it was not taught to answer"
     console.print(f"an empty line ends{about}")
     while line := _ask(console.is_terminal):
         for piece in conversation.answer(line):
-            sys.stdout.write(piece)
+            sys.stdout.write(piece.translate(dict.fromkeys(CONTROLS)))
             sys.stdout.flush()
         print()
     return 0

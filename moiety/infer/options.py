@@ -209,9 +209,11 @@ class BenchOptions:
         "512,2048", help="lengths of single prompts, cut to the model's longest; '' is none"
     )
     kv_dtype: str = option("auto", help="of keys and values: fp32, bf16, or auto, that of the weights")
+    requests: int = option(0, help="--url: with each number of clients; 0 is four of each client")
 
     def __post_init__(self) -> None:
         check_types(self)
+        require(self.requests >= 0, f"requests is {self.requests}; it must not be negative")
         require(self.most >= 0, f"most is {self.most}; it must not be negative")
         require(self.prompt >= 1, f"prompt is {self.prompt}; it must be positive")
         require(self.tokens >= 2, f"tokens is {self.tokens}; from one token to the next there are at least 2")
