@@ -80,10 +80,11 @@ def _variants(model: Transformer, formats: Sequence[str], experts: Sequence[str]
 
 def print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
     """Two tables: all texts together, and by domain."""
+    several = len({row["model"] for row in rows}) > 1
     compared = (("loss_in_bits_per_byte", 4, 1), ("kl", 5, 1), ("agreement", 1, 100))
     cells = [
         [
-            f"{row['model']}, {row['variant']}",
+            _label(row, several),
             f"{row['bytes'] / 1e6:.1f}",
             _ranged(row["perplexity"], 3),
             _ranged(row["bits_per_byte"], 4),
@@ -97,13 +98,17 @@ def print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
     domains = list(rows[0]["domains"])
     cells = [
         [
-            f"{row['model']}, {row['variant']}",
+            _label(row, several),
             f"{row['mean_bits_per_byte']:.3f}",
             *(f"{row['domains'][domain]:.3f}" for domain in domains),
         ]
         for row in rows
     ]
     print_table("bits/byte by domain, and the mean of domains", ["model", "mean", *domains], cells)
+
+
+def _label(row: Mapping[str, Any], several: bool) -> str:
+    return f"{row['model']}, {row['variant']}" if several else str(row["variant"])
 
 
 def _ranged(one: Mapping[str, float], digits: int, factor: float = 1) -> str:
