@@ -552,7 +552,7 @@ def test_changelog_has_this_version() -> None:
 def test_constraints_pin_every_dependency() -> None:
     project = tomllib.loads(read("pyproject.toml"))["project"]
     installed = [*project["dependencies"]]
-    for extra in ("dev", "report", "demo", "serve"):
+    for extra in ("dev", "report", "demo", "serve", "eval"):
         installed += project["optional-dependencies"][extra]
     pinned = set(re.findall(r"^([a-z0-9-]+)==", read("constraints.txt"), re.M))
     wanted = {re.split(r"[<>=!~\[; ]", line)[0].lower().replace("_", "-") for line in installed}

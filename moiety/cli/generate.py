@@ -90,7 +90,7 @@ def generate(
         print("\n".join(f"[{number}] {answer['text']}" for number, answer in enumerate(answers, start=1)))
     say(f"{drawn} tokens, {drawn / seconds:.1f} tokens/s{_streaming(opened)}")
     if plan:
-        judged.judge_answer(opened, len(_ids(opened, asked[0])), watch, engine.kv_dtype)
+        judged.judge_answer(opened, len(opened.tokenizer.encode_prompt(asked[0])), watch, engine.kv_dtype)
     return 0
 
 

@@ -11,11 +11,10 @@ from moiety.cli.output import command, talk
 from moiety.cli.own import import_own_routers
 from moiety.errors import DependencyError
 from moiety.infer.options import EngineOptions, StreamOptions
-from moiety.serve.options import ServeOptions
+from moiety.serve.options import KEY, ServeOptions
 
 __all__ = ["app"]
 
-KEY = "MOIETY_API_KEY"
 app = command("moiety serve", "Serve a model over HTTP, as clients of OpenAI expect it.")
 
 

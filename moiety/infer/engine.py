@@ -86,6 +86,7 @@ class Result:
         reason: Why it ended.
         error: What went wrong, with reason "error".
         drawn: The answer's events that have a token.
+        scored: Tokens of the prompt with their ln p, where asked for.
         reused_tokens: Tokens whose work was found in pages, after a preemption as well.
         preemptions: How often it had to give its pages back.
         first_token_s: From submission to the first token.
@@ -99,6 +100,7 @@ class Result:
     reason: Reason
     error: str
     drawn: list[Event]
+    scored: Sequence[Drawn]
     reused_tokens: int
     preemptions: int
     first_token_s: float
@@ -210,6 +212,7 @@ class Handle:
             reason=request.reason,
             error=request.error,
             drawn=[event for event in self.events if event.token is not None],
+            scored=tuple(request.scored),
             reused_tokens=request.reused,
             preemptions=request.preemptions,
             first_token_s=times_s[0] - request.submitted_s if times_s else 0.0,
@@ -544,7 +547,7 @@ class Engine:
     def _settle(self, piece: Slice, outcome: Outcome, now_s: float) -> int:
         """Take what came of a slice; how many tokens that was."""
         request, appended = piece.request, 0
-        request.scored[piece.start :] = outcome.scored
+        request.scored[max(piece.start + 1 - request.options.scored_from, 0) :] = outcome.scored
         for drawn in outcome.drawn:
             text = request.append(drawn.token, now_s)
             appended += 1

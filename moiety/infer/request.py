@@ -91,7 +91,7 @@ class Request:
         self.preemptions = self.drafted = self.accepted = 0
         self.ngrams: NGrams | None = None
         self.constraint, self.routed = constraint, routed
-        self.scored: list[Drawn] = []  # every token of the prompt but the first, where asked for
+        self.scored: list[Drawn] = []  # tokens of the prompt, where asked for
         self.submitted_s = 0.0
         self.times_s: list[float] = []  # when each token came
 
@@ -106,9 +106,12 @@ class Request:
         return self.tokens[len(self.prompt) :]
 
     @property
-    def reuses(self) -> bool:
-        """False if all its tokens must go through the model, because something is wanted of each."""
-        return self.options.prompt_logprobs is None and self.routed is None
+    def reusable(self) -> int:
+        """Tokens from the first on whose work pages may hold, and one that must go through the model."""
+        if self.routed is not None:
+            return 0
+        scored = self.options.prompt_logprobs is not None
+        return min(self.options.scored_from, len(self.tokens)) if scored else len(self.tokens)
 
     @property
     def guesses(self) -> bool:

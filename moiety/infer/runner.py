@@ -132,7 +132,8 @@ def _scored(piece: Slice, output: ModelOutput, first: int) -> list[Drawn]:
     """What the model thought of the prompt's tokens that follow those of a slice."""
     request, found = piece.request, []
     count = min(piece.size, len(request.prompt) - 1 - piece.start)
-    for begin in range(0, count, SCORED_AT_ONCE):
+    skipped = max(request.options.scored_from - 1 - piece.start, 0)
+    for begin in range(skipped, count, SCORED_AT_ONCE):
         rows = range(begin, min(begin + SCORED_AT_ONCE, count))
         logits_NV = output.at(torch.tensor(rows) + first)
         for row, logits_V in zip(rows, logits_NV, strict=True):

@@ -115,8 +115,8 @@ class Scheduler:
         """Give the oldest waiting request pages for all its tokens, if that leaves one for each that runs."""
         if len(self.running) >= self._max_requests:
             return False
-        reused = self.pages.reuse(request.table, request.tokens) if request.reuses else 0
-        if request.reuses and any(self._computes(other, request) for other in self.running):
+        reused = self.pages.reuse(request.table, request.tokens[: request.reusable])
+        if any(self._computes(other, request) for other in self.running):
             self.pages.release(request.table)
             return False
         missing = self.pages.needed(len(request.tokens)) - len(request.table.pages)
@@ -131,7 +131,7 @@ class Scheduler:
 
     def _computes(self, other: Request, request: Request) -> bool:
         """True if the page that a new request lacks is in another one's prompt and will soon be there."""
-        wanted = self.pages.next_key(request.table, request.tokens, len(request.tokens) - 1)
+        wanted = self.pages.next_key(request.table, request.tokens, request.reusable - 1)
         return wanted is not None and wanted == self.pages.next_key(
             other.table, other.prompt, len(other.prompt)
         )

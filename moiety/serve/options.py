@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from moiety.config import check_types, option, require
 
 __all__ = [
+    "KEY",
     "MOST_CHOICES",
     "MOST_DEPTH",
     "MOST_LOGPROBS",
@@ -20,6 +21,7 @@ __all__ = [
     "is_loopback",
 ]
 
+KEY = "MOIETY_API_KEY"  # the variable of the environment that holds the key, here and in clients
 MOST_N = 16
 MOST_PROMPTS = 128
 MOST_CHOICES = 128  # prompts times n

@@ -35,7 +35,7 @@ from moiety.serve.gate import Gate
 from moiety.serve.grammar import Grammars
 from moiety.serve.metrics import Metrics
 from moiety.serve.openapi import description
-from moiety.serve.options import ServeOptions, is_loopback
+from moiety.serve.options import KEY, ServeOptions, is_loopback
 from moiety.serve.refusal import Refusal
 from moiety.serve.replies import Model, RoutingTotals
 from moiety.serve.requests import NOT_SERVED, ChatRequest, CompletionRequest, ResponsesRequest
@@ -248,7 +248,7 @@ def check_reach(host: str, key: str) -> None:
     if not key and not is_loopback(host):
         raise UsageError(
             f"host is {host}, which others can reach, and there is no key",
-            hint="set MOIETY_API_KEY, or listen on 127.0.0.1 behind a proxy",
+            hint=f"set {KEY}, or listen on 127.0.0.1 behind a proxy",
         )
 
 

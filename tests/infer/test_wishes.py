@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from moiety.errors import MoietyError
+from moiety.errors import ConfigError, MoietyError
 from moiety.infer.engine import Engine
 from moiety.infer.options import EngineOptions, RequestOptions, SamplingOptions
 from moiety.infer.routed import RoutedExperts, load_summary
@@ -49,6 +49,25 @@ def test_a_scored_prompt_has_the_models_logarithms(prompt: list[int]) -> None:
         assert [value for _, value in one.top] == pytest.approx(values.tolist(), abs=1e-4)
 
 
+@pytest.mark.parametrize("first", [1, 2, 5, 9, 10, 11, 40])
+def test_the_end_of_a_prompt_is_scored_and_its_start_is_found(first: int) -> None:
+    working = engine()
+    whole = working.submit(PROMPT, RequestOptions(max_tokens=1, prompt_logprobs=2, sampling=GREEDY))
+    finish(working, whole)
+    asked = RequestOptions(max_tokens=1, prompt_logprobs=2, scored_from=first, sampling=GREEDY)
+    handles = [working.submit(PROMPT, asked) for _ in range(2)]
+    finish(working, *handles)
+    expected = whole.request.scored[first - 1 :]
+    for handle in handles:
+        assert [one.token for one in handle.request.scored] == [one.token for one in expected]
+        assert [one.logprob for one in handle.request.scored] == pytest.approx(
+            [one.logprob for one in expected], abs=1e-5
+        )
+        assert handle.request.reused == min((first - 1) // 4 * 4, 8)
+    with pytest.raises(ConfigError, match="scored_from is 0"):
+        RequestOptions(prompt_logprobs=0, scored_from=0)
+
+
 def test_preempted_requests_are_scored_and_recorded_once() -> None:
     model = tiny.model("mixtral").eval()
     room = PagePool(model.config, 1, 4).page_bytes * 12
@@ -57,9 +76,12 @@ def test_preempted_requests_are_scored_and_recorded_once() -> None:
     )
     working = Engine(model, options=options)
     asked = RequestOptions(max_tokens=25, prompt_logprobs=1, record_routing=True, sampling=GREEDY)
+    ends = RequestOptions(max_tokens=25, prompt_logprobs=1, scored_from=7, sampling=GREEDY)
     handles = [working.submit(PROMPT, asked) for _ in range(3)]
-    finish(working, *handles)
+    late = working.submit(PROMPT, ends)
+    finish(working, *handles, late)
     assert working.statistics().preemptions > 0
+    assert late.request.preemptions > 0 and [one.token for one in late.request.scored] == PROMPT[7:]
     for handle in handles:
         record = handle.request.routed
         assert isinstance(record, RoutedExperts) and record.tokens == len(PROMPT) + 24

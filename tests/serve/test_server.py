@@ -109,9 +109,14 @@ def test_nothing_leaves_the_machine() -> None:
         r"\bopen\(|\.read_text\(|\.read_bytes\(|\.write_",
         re.M,
     )
-    for path in sorted(package.glob("*.py")):
-        found = [one for one in banned.findall(path.read_text("utf-8")) if "opened(" not in one]
-        assert not found, (path.name, found)
+    asking = re.compile(
+        r"moiety\.serve\.(client|load)\b"
+    )  # for our own commands: the server has no part of it
+    sources = {path.name: path.read_text("utf-8") for path in sorted(package.glob("*.py"))}
+    assert banned.search(sources.pop("client.py")) and asking.search(sources.pop("load.py"))
+    for name, text in sources.items():
+        found = [one for one in banned.findall(text) if "opened(" not in one]
+        assert not found and not asking.search(text), (name, found)
 
 
 # What can be looked up
