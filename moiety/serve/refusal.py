@@ -13,7 +13,15 @@ from moiety.errors import BusyError, MoietyError
 __all__ = ["ErrorBody", "ErrorReply", "Refusal", "refusal_of"]
 
 LONGEST = 1000
-SAME_NAMES = ("logit_bias", "logprobs", "max_tokens", "min_tokens", "prompt", "seed", "stop")  # here and in the engine
+SAME_NAMES = (
+    "logit_bias",
+    "logprobs",
+    "max_tokens",
+    "min_tokens",
+    "prompt",
+    "seed",
+    "stop",
+)  # here and in the engine
 KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
