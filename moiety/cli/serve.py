@@ -15,6 +15,9 @@ from moiety.serve.options import KEY, ServeOptions
 
 __all__ = ["app"]
 
+# oneDNN keeps code for each shape of a product, 1024 of them, and torch does so again: some hundred megabytes in a
+# server, whose steps have any number of rows. Read when torch is imported.
+SHAPE_CACHES = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
 app = command("moiety serve", "Serve a model over HTTP, as clients of OpenAI expect it.")
 
 
@@ -40,6 +43,8 @@ def serve(
     path
         A checkpoint or run folder, a .gguf file, or owner/name on the hub.
     """
+    for variable in SHAPE_CACHES:
+        os.environ.setdefault(variable, "64")
     try:
         from moiety.serve.server import Server, check_reach, handle_signals, served_of
     except ModuleNotFoundError as error:

@@ -6,6 +6,7 @@ import asyncio
 import hmac
 import logging
 import signal
+import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar, final
@@ -336,26 +337,36 @@ class Server:
 
 
 def _watched(idle_s: float) -> Callable[..., H11Protocol]:
-    """Makes connections that are closed when they send no whole request for some time."""
+    """Makes connections that are closed when they send no whole request for some time.
+
+    Nothing here keeps a connection that was closed: there may be thousands within that time.
+    """
 
     def made(**given: Any) -> H11Protocol:
-        protocol = H11Protocol(**given)
-        loop = asyncio.get_running_loop()
+        made = H11Protocol(**given)
+        loop, found = asyncio.get_running_loop(), weakref.ref(made)
 
-        def look(seen: object) -> None:
-            transport = protocol.transport
-            if transport.is_closing():
+        def look(seen: Callable[[], object]) -> None:
+            protocol = found()
+            if protocol is None or protocol.transport.is_closing():
                 return
             idle = protocol.conn.their_state is h11.IDLE and protocol.conn.our_state is h11.IDLE
-            if idle and seen is protocol.cycle:
-                transport.close()
-            else:
-                loop.call_later(idle_s, look, protocol.cycle if idle else look)
+            if idle and seen() is protocol.cycle:
+                protocol.transport.close()
+                return
+            cycle = protocol.cycle
+            loop.call_later(
+                idle_s, look, (_nothing if cycle is None else weakref.ref(cycle)) if idle else object
+            )
 
-        loop.call_later(idle_s, look, None)
-        return protocol
+        loop.call_later(idle_s, look, _nothing)
+        return made
 
     return made
+
+
+def _nothing() -> None:
+    """What a connection has answered that was asked nothing."""
 
 
 def handle_signals() -> None:
