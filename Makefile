@@ -6,7 +6,7 @@ SHELL := /bin/bash
 
 PYTHON ?= python3
 VENV ?= .venv
-EXTRAS ?= dev,report,demo
+EXTRAS ?= dev,report,demo,serve,eval
 # torch's CPU builds: PyPI's Linux build brings gigabytes of CUDA. Empty (TORCH_INDEX=) takes PyPI's.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 

@@ -9,6 +9,7 @@
     ├── FormatError        a file is not what it claims to be: truncated, altered, unknown layout
     ├── StorageError       the system refused to read or write: disk full, no permission
     ├── DependencyError    a package, compiler or device that this needs is not here
+    ├── ServerError        another server cannot be reached, refuses, or breaks its answer off
     ├── TrainingError      a run stopped on purpose: non-finite steps in a row, no signal to the router
     └── CheckFailed        a check ran to its end and its answer is no
 
@@ -25,6 +26,7 @@ __all__ = [
     "DependencyError",
     "FormatError",
     "MoietyError",
+    "ServerError",
     "StorageError",
     "TrainingError",
     "UsageError",
@@ -88,6 +90,21 @@ class DependencyError(MoietyError):
     """A package, compiler or device that this needs is not here."""
 
     exit_code = 3
+
+
+class ServerError(MoietyError):
+    """Another server cannot be reached, refuses, or breaks its answer off.
+
+    Args:
+        message: What it said.
+        hint: What to do about it.
+        kind: Its HTTP status, or connection, timeout or broken.
+        code: Its own word for it, where it has one.
+    """
+
+    def __init__(self, message: str, *, kind: str, code: str = "", hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.kind, self.code = kind, code
 
 
 class TrainingError(MoietyError):

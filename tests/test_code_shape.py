@@ -404,6 +404,19 @@ def test_no_module_state_and_no_forbidden_call() -> None:
     assert not complaints, "\n".join(complaints)
 
 
+def test_scripts_have_no_forbidden_call_either() -> None:
+    paths = [
+        path for folder in ("bench", "recipes", "tools") for path in sorted((ROOT / folder).rglob("*.py"))
+    ]
+    assert paths
+    complaints = [
+        f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 1)}: {what}"
+        for path in paths
+        for node, what in forbidden(ast.parse(path.read_text(encoding="utf-8")))
+    ]
+    assert not complaints, "\n".join(complaints)
+
+
 @pytest.mark.parametrize(
     "code",
     [
@@ -539,7 +552,7 @@ def test_changelog_has_this_version() -> None:
 def test_constraints_pin_every_dependency() -> None:
     project = tomllib.loads(read("pyproject.toml"))["project"]
     installed = [*project["dependencies"]]
-    for extra in ("dev", "report", "demo"):
+    for extra in ("dev", "report", "demo", "serve", "eval"):
         installed += project["optional-dependencies"][extra]
     pinned = set(re.findall(r"^([a-z0-9-]+)==", read("constraints.txt"), re.M))
     wanted = {re.split(r"[<>=!~\[; ]", line)[0].lower().replace("_", "-") for line in installed}

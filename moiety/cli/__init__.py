@@ -12,15 +12,16 @@ from collections.abc import Sequence
 
 from moiety.errors import MoietyError, UsageError
 
-__all__ = ["COMMANDS", "main"]
+__all__ = ["COMMANDS", "main", "version"]
 
 COMMANDS = {
     "demo": "train a small MoE and its dense twin on real text, compare them, open the report",
     "train": "train a model on your text, or resume a run",
     "compare": "train an MoE against its dense twin, or router against router, over several seeds",
-    "evaluate": "score text with a trained model, also with other numbers of experts per token",
+    "eval": "score a model on held-out text, also in fewer bits, or on public tasks",
     "generate": "continue a prompt with a trained model",
     "chat": "talk to a model, line by line",
+    "serve": "answer requests over HTTP, as clients of OpenAI expect it",
     "trace": "show which experts each token of a prompt went to, and why",
     "gradients": "check that every router and expert of a model gets a gradient",
     "routers": "list the routers there are, or explain one",
@@ -30,7 +31,6 @@ COMMANDS = {
     "convert": "write a model in another format: the layout of transformers, or GGUF",
     "quantize": "pack a model's weights in fewer bits, with a receipt",
     "bench": "measure how fast a model is, against this machine's limits",
-    "quality": "say what fewer bits cost a model's predictions",
     "pull": "fetch a model of the Hugging Face hub into its cache",
     "ls": "list the models on this machine",
     "doctor": "say what this machine offers, which parts are used, and what is missing",
@@ -63,7 +63,7 @@ def _run(words: list[str]) -> int:
         print(_overview())
         return 0
     if words[0] == "--version":
-        print(_version())
+        print(version())
         return 0
     name, rest = words[0], words[1:]
     if name not in COMMANDS:
@@ -80,11 +80,13 @@ def _run(words: list[str]) -> int:
     return int(result or 0)
 
 
-def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
+def version() -> str:
+    """The installed program's version."""
+    from importlib.metadata import PackageNotFoundError
+    from importlib.metadata import version as installed
 
     try:
-        return version("moiety")
+        return installed("moiety")
     except PackageNotFoundError:
         return "unknown: this is a checkout that was never installed"
 

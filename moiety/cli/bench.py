@@ -14,6 +14,7 @@ from moiety.cli import judged
 from moiety.cli.output import command, print_json, print_table, talk
 from moiety.errors import UsageError
 from moiety.infer.options import BenchOptions, RecordOptions, StreamOptions
+from moiety.serve.client import RemoteOptions, reach
 
 if TYPE_CHECKING:
     from moiety.config import ModelConfig
@@ -46,6 +47,15 @@ READING: Columns = (
     ("MB", "step_bytes", 1e-6, "{:.1f}"),
     ("read rate", "read_share", 100, "{:.0f} %"),
 )
+CLIENTS: Columns = (
+    ("clients", "concurrency", 1, "{:.0f} at once"),
+    ("answered", "answered", 1, "{:.0f}"),
+    ("tokens/s", "tokens_per_s", 1, "{:.1f}"),
+    ("first token p50, ms", "first_token_p50_s", 1e3, "{:.1f}"),
+    ("p99, ms", "first_token_p99_s", 1e3, "{:.1f}"),
+    ("between p50, ms", "between_p50_s", 1e3, "{:.1f}"),
+    ("p99, ms", "between_p99_s", 1e3, "{:.1f}"),
+)
 
 
 @app.default
@@ -53,6 +63,7 @@ def bench(
     path: str = "",
     /,
     *,
+    remote: Annotated[RemoteOptions, Parameter(name="*")] = RemoteOptions(),
     shape: Annotated[str, Parameter(help="a name of `moiety models`: random weights, no path")] = "",
     layers: Annotated[int, Parameter(help="of the shape; 0 takes all")] = 0,
     format: Annotated[str, Parameter(help="of the shape's weights, as for `moiety quantize`")] = "int4-g32",
@@ -63,19 +74,19 @@ def bench(
     plan: Annotated[bool, Parameter(negative="", help="say what was planned beside it")] = False,
     json: Annotated[bool, Parameter(negative="", help="print JSON")] = False,
 ) -> int:
-    """Prompts are random tokens. `docs/engine.md` says what each figure is.
+    """Prompts are random tokens, for a server random words. `docs/engine.md` says what each figure is.
 
     Parameters
     ----------
     path
         A checkpoint or run folder, a .gguf file, or owner/name on the hub.
     """
+    _check(path, shape, remote, measured, here=bool(stream.memory or record.record or plan))
+    if remote.url:
+        return _remote(remote, measured, json=json)
     from moiety.infer import measure, offload, open, recording
     from moiety.quant import pretend
 
-    if bool(path) == bool(shape):
-        hint = "moiety bench --shape olmoe-1b-7b --layers 4"
-        raise UsageError("one of a path and --shape is wanted", hint=hint)
     if shape and stream.memory:
         raise UsageError("a shape's weights are in no file to stream", hint="give a packed model's folder")
     if shape:
@@ -100,12 +111,25 @@ def bench(
         ("decoding", DECODING, found.decode),
         ("what a step reads", READING, found.decode),
     ):
-        cells = [[_cell(getattr(row, name), by, how) for _, name, by, how in columns] for row in figures]
-        if cells:
-            print_table(title, [heading for heading, *_ in columns], cells)
+        if figures:
+            _print(title, columns, figures)
     if found.knee is not None:
         print(textwrap.fill(found.knee.words, shutil.get_terminal_size().columns))
     return 0
+
+
+def _check(path: str, shape: str, remote: RemoteOptions, measured: BenchOptions, *, here: bool) -> None:
+    """One thing to measure, and with options that it has; `here` says that some are for this machine alone."""
+    if (bool(path), bool(shape), bool(remote.url)).count(True) != 1:
+        hint = "moiety bench --shape olmoe-1b-7b --layers 4"
+        raise UsageError("one of a path, --shape and --url (a server) is wanted", hint=hint)
+    usual = BenchOptions()
+    here |= (measured.prefill, measured.kv_dtype) != (usual.prefill, usual.kv_dtype)
+    if here if remote.url else measured.requests:
+        raise UsageError(
+            "prefill, kv_dtype, memory, record and plan are for a model here, requests for a server",
+            hint="moiety bench --url http://127.0.0.1:8000 --batches 1,8 --requests 64",
+        )
 
 
 def _judge(
@@ -123,6 +147,28 @@ def _judge(
     if rates:
         how = {"batches": batches, "prompts": prompts, "kv_dtype": options.kv_dtype}
         judged.judge_run(path or shape, config, stored, rates, **how)  # type: ignore[arg-type]
+
+
+def _remote(remote: RemoteOptions, measured: BenchOptions, *, json: bool) -> int:
+    """A server instead of a model: as many clients at once as sequences otherwise."""
+    from moiety.serve.load import run
+
+    client, model = reach(remote)
+    found = run(client, model, measured, talk().print)
+    if json:
+        print_json({"url": client.url, "model": model, "load": [asdict(one) for one in found]})
+        return 0
+    _print(f"{model} at {client.url}", CLIENTS, found)
+    for one in found:
+        if one.errors:
+            said = ", ".join(f"{kind}: {count}" for kind, count in sorted(one.errors.items()))
+            print(f"not answered with {one.concurrency} at once: {said}")
+    return 0
+
+
+def _print(title: str, columns: Columns, figures: Sequence[object]) -> None:
+    cells = [[_cell(getattr(row, name), by, how) for _, name, by, how in columns] for row in figures]
+    print_table(title, [heading for heading, *_ in columns], cells)
 
 
 def _cell(value: float | None, by: float, how: str) -> str:

@@ -18,6 +18,7 @@ app = command("moiety doctor", "Say what this machine offers, which parts are us
 EXTRAS = {
     "plotly": ("report", "`moiety demo` cannot write report.html"),
     "chatterbot_corpus": ("demo", "the default corpus has no dialogue in natural languages"),
+    "lm_eval": ("eval", "`moiety eval --tasks` has no tasks"),
     "datasets": ("data", "hf:ID sources cannot be read"),
     "tensorboard": ("track", "no tracking to tensorboard"),
     "wandb": ("track", "no tracking to wandb"),

@@ -90,7 +90,7 @@ def generate(
         print("\n".join(f"[{number}] {answer['text']}" for number, answer in enumerate(answers, start=1)))
     say(f"{drawn} tokens, {drawn / seconds:.1f} tokens/s{_streaming(opened)}")
     if plan:
-        judged.judge_answer(opened, len(_ids(opened, asked[0])), watch, engine.kv_dtype)
+        judged.judge_answer(opened, len(opened.tokenizer.encode_prompt(asked[0])), watch, engine.kv_dtype)
     return 0
 
 
@@ -110,10 +110,6 @@ def _streaming(opened: Opened) -> str:
     return "" if store is None else f"; {store.statistics().words}"
 
 
-def _ids(opened: Opened, prompt: str) -> list[int]:
-    return opened.tokenizer.encode(prompt) or [opened.tokenizer.end_id]
-
-
 def _plain(
     opened: Opened, prompt: str, request: RequestOptions, recorder: Recorder | None
 ) -> Iterator[tuple[int, str]]:
@@ -124,7 +120,7 @@ def _plain(
     text, drawn = TextStream(opened.tokenizer), 0
     stream = tokens_of(
         opened.model,
-        _ids(opened, prompt),
+        opened.tokenizer.encode_prompt(prompt),
         max_tokens=request.max_tokens,
         sampling=request.sampling,
         logit_bias=request.logit_bias,

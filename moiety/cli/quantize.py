@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -94,19 +93,14 @@ def _mixed(model: Transformer, place: Path, texts: tuple[str, ...], policy: Poli
     """The policy with more bits for the experts that need them, measured on text."""
     from moiety.model.convert import read_tokenizer
     from moiety.quant.calibrate import calibrate
-    from moiety.train.run import prepare_text
+    from moiety.train.options import HeldOutOptions
+    from moiety.train.run import held_out
 
-    with tempfile.TemporaryDirectory(prefix="moiety-") as folder:
-        text = prepare_text(Path(folder), texts, vocab_size=0, tokenizer=read_tokenizer(place))
-        length = min(model.config.max_positions, 512)
-        found = [
-            (piece.tokens_BS, piece.targets_BS)
-            for domain in text.data.domains
-            for piece in text.data.evaluation(domain, B=4, S=length, limit=CALIBRATION_SEQUENCES)
-        ]
-        talk().print(f"measuring experts on {sum(one.numel() for one, _ in found):,} tokens")
-        measured = calibrate(model, found, low=policy.experts)
-    return measured.policy(policy, bits=bits)
+    some = HeldOutOptions(batch=4, sequences=CALIBRATION_SEQUENCES)
+    by_domain, _ = held_out(texts, read_tokenizer(place), model.config.max_positions, some)
+    found = [(piece.tokens_BS, piece.targets_BS) for pieces in by_domain.values() for piece in pieces]
+    talk().print(f"measuring experts on {sum(one.numel() for one, _ in found):,} tokens")
+    return calibrate(model, found, low=policy.experts).policy(policy, bits=bits)
 
 
 def _print(receipt: Receipt, target: str | None) -> None:

@@ -53,7 +53,7 @@ def trace(
         raise UsageError(f"top is {top}; it must be positive")
     import_own_routers(router)
     opened = open_model(path)
-    ids = opened.tokenizer.encode(prompt)
+    ids = opened.tokenizer.encode_prompt(prompt) if prompt else []
     texts = [opened.tokenizer.decode([one]) for one in ids]
     traced = tracing.trace(opened.model, ids, texts=texts)
     if layer is not None:

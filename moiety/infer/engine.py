@@ -26,9 +26,10 @@ from moiety.infer.drafts import Drafter
 from moiety.infer.offload import StoreStatistics, store_of
 from moiety.infer.options import EngineOptions, RequestOptions
 from moiety.infer.pages import Pages
-from moiety.infer.request import Reason, Request, State
+from moiety.infer.request import Constraint, Drawn, Reason, Request, State
 from moiety.infer.room import AUTOMATIC_BYTES, page_count
-from moiety.infer.runner import Drawn, Outcome, Runner, imbalance
+from moiety.infer.routed import RoutedExperts
+from moiety.infer.runner import Outcome, Runner, imbalance
 from moiety.infer.scheduler import Scheduler, Slice
 from moiety.infer.stops import AnswerText
 from moiety.model.tokenizer import TextStream, Tokenizer
@@ -85,6 +86,7 @@ class Result:
         reason: Why it ended.
         error: What went wrong, with reason "error".
         drawn: The answer's events that have a token.
+        scored: Tokens of the prompt with their ln p, where asked for.
         reused_tokens: Tokens whose work was found in pages, after a preemption as well.
         preemptions: How often it had to give its pages back.
         first_token_s: From submission to the first token.
@@ -98,6 +100,7 @@ class Result:
     reason: Reason
     error: str
     drawn: list[Event]
+    scored: Sequence[Drawn]
     reused_tokens: int
     preemptions: int
     first_token_s: float
@@ -209,6 +212,7 @@ class Handle:
             reason=request.reason,
             error=request.error,
             drawn=[event for event in self.events if event.token is not None],
+            scored=tuple(request.scored),
             reused_tokens=request.reused,
             preemptions=request.preemptions,
             first_token_s=times_s[0] - request.submitted_s if times_s else 0.0,
@@ -281,6 +285,7 @@ class Engine:
         options: RequestOptions | None = None,
         *,
         listener: Listener | None = None,
+        constraint: Constraint | None = None,
     ) -> Handle:
         """Take in a request; it is worked on by the steps from now on.
 
@@ -288,6 +293,7 @@ class Engine:
             prompt: Text, or token ids.
             options: How to answer it.
             listener: Called with every event, by the thread that makes the step; it must not block.
+            constraint: What the answer may be, for this request alone.
 
         Raises:
             UsageError: a prompt or options that this model or these pages can never serve.
@@ -298,7 +304,14 @@ class Engine:
         text = None if self._tokenizer is None else AnswerText(TextStream(self._tokenizer), options.stop)
         with self._inbox:
             request = Request(
-                self._submitted, tokens, options, ends=self._ends, longest=self.max_positions, text=text
+                self._submitted,
+                tokens,
+                options,
+                ends=self._ends,
+                longest=self.max_positions,
+                text=text,
+                constraint=constraint,
+                routed=RoutedExperts() if options.record_routing else None,
             )
             self._scheduler.refuse(request, coming=len(self._coming))
             request.submitted_s = time.perf_counter()
@@ -316,7 +329,7 @@ class Engine:
                 raise UsageError(
                     "the prompt is text and the engine has no tokenizer", hint="give it one, or tokens"
                 )
-            prompt = self._tokenizer.encode(prompt) or [self._tokenizer.end_id]
+            prompt = self._tokenizer.encode_prompt(prompt)
         if options.stop and self._tokenizer is None:
             raise UsageError("stop texts need a tokenizer", hint="give the engine one, or use stop_ids")
         if not len(prompt):
@@ -468,9 +481,18 @@ class Engine:
             experts=None if self._store is None else self._store.statistics(),
         )
 
+    @property
+    def computed_tokens(self) -> int:
+        """Tokens that went through the model so far."""
+        return self._computed
+
     def expert_counts(self) -> Mapping[int, Tensor]:
         """Pairs of each expert in the last step, (E,), by layer; none in a dense model."""
         return self._runner.counts
+
+    def expert_totals(self) -> Mapping[int, Tensor]:
+        """The same in all steps so far."""
+        return dict(self._runner.totals)
 
     def check(self) -> None:
         """Assert that no page leaked and nobody was overtaken; for tests."""
@@ -496,6 +518,7 @@ class Engine:
         slices = self._scheduler.schedule()
         if not slices:
             return
+        before = None if self._store is None else self._store.statistics()
         try:
             outcomes = self._runner.run(slices)
         except MoietyError as error:
@@ -505,6 +528,11 @@ class Engine:
             self._fail(slices, f"the step failed: {type(error).__name__}")
             raise
         now_s, drawn = time.perf_counter(), 0
+        if self._store is not None and before is not None:
+            after = self._store.statistics()
+            for piece in slices:
+                if isinstance(piece.request.routed, RoutedExperts):
+                    piece.request.routed.read(after.hits - before.hits, after.misses - before.misses)
         for piece, outcome in zip(slices, outcomes, strict=True):
             drawn += self._settle(piece, outcome, now_s)
         self._steps += 1
@@ -519,6 +547,7 @@ class Engine:
     def _settle(self, piece: Slice, outcome: Outcome, now_s: float) -> int:
         """Take what came of a slice; how many tokens that was."""
         request, appended = piece.request, 0
+        request.scored[max(piece.start + 1 - request.options.scored_from, 0) :] = outcome.scored
         for drawn in outcome.drawn:
             text = request.append(drawn.token, now_s)
             appended += 1

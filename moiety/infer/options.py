@@ -18,6 +18,7 @@ __all__ = [
     "RequestOptions",
     "SamplingOptions",
     "StreamOptions",
+    "TaskOptions",
     "biases_named",
 ]
 
@@ -73,20 +74,26 @@ class RequestOptions:
     logit_bias: Mapping[int, float] = field(
         default_factory=dict, metadata={"help": "added to the logits of these tokens"}
     )
+    prompt_logprobs: int | None = option(
+        None, help="ln p of every token of the prompt but the first, and of this many best ones"
+    )
+    scored_from: int = option(1, help="the first token of the prompt that prompt_logprobs is about")
+    record_routing: bool = option(False, help="keep which experts every token went to")
     salt: str = option("", help="work on a prompt's start is shared only among requests of the same salt")
 
     def __post_init__(self) -> None:
         check_types(self)
         require(self.max_tokens >= 1, f"max_tokens is {self.max_tokens}; it must be positive")
         require(self.min_tokens >= 0, f"min_tokens is {self.min_tokens}; it must not be negative")
+        require(self.scored_from >= 1, f"scored_from is {self.scored_from}; nothing foresees the first token")
         require(
             self.min_tokens <= self.max_tokens,
             f"min_tokens is {self.min_tokens}, max_tokens is {self.max_tokens}",
             "min_tokens may be at most max_tokens",
         )
         for name in ("stop", "stop_ids"):
-            count = len(getattr(self, name))
-            require(count <= MOST_STOPS, f"{name} has {count} entries; at most {MOST_STOPS} are allowed")
+            entries = len(getattr(self, name))
+            require(entries <= MOST_STOPS, f"{name} has {entries} entries; at most {MOST_STOPS} are allowed")
         for text in self.stop:
             length = len(text)
             require(
@@ -94,10 +101,12 @@ class RequestOptions:
                 f"a stop text has {length} characters; allowed is 1 to {LONGEST_STOP}",
             )
         require(min(self.stop_ids, default=0) >= 0, f"stop_ids are {self.stop_ids}; tokens are not negative")
-        require(
-            self.logprobs is None or 0 <= self.logprobs <= MOST_LOGPROBS,
-            f"logprobs is {self.logprobs}; allowed is none or 0 to {MOST_LOGPROBS}",
-        )
+        for name in ("logprobs", "prompt_logprobs"):
+            count = getattr(self, name)
+            require(
+                count is None or 0 <= count <= MOST_LOGPROBS,
+                f"{name} is {count}; allowed is none or 0 to {MOST_LOGPROBS}",
+            )
         biases = self.logit_bias
         require(
             len(biases) <= MOST_BIASES,
@@ -201,6 +210,24 @@ class RecordOptions:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class TaskOptions:
+    """Which part of the tasks of lm-evaluation-harness, and how they are put to the model."""
+
+    limit: int = option(0, help="most examples of each task; 0 takes all")
+    include_path: str = option("", help="a folder with tasks of your own, as YAML")
+    fewshot: int = option(-1, help="examples before each question; -1 takes each task's own number")
+    chat: bool = option(False, help="put questions through the model's chat template")
+    run_code: bool = option(
+        False, help="let tasks run the programs that the model writes, as you and on this machine"
+    )
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        require(self.limit >= 0, f"limit is {self.limit}; it must not be negative")
+        require(self.fewshot >= -1, f"fewshot is {self.fewshot}; allowed is -1 and more")
+
+
 def biases_named(text: str) -> dict[int, float]:
     """Biases from a text such as 17=-5,42=3: tokens and what is added to their logits.
 
@@ -245,9 +272,11 @@ class BenchOptions:
         "512,2048", help="lengths of single prompts, cut to the model's longest; '' is none"
     )
     kv_dtype: str = option("auto", help="of keys and values: fp32, bf16, or auto, that of the weights")
+    requests: int = option(0, help="--url: with each number of clients; 0 is four of each client")
 
     def __post_init__(self) -> None:
         check_types(self)
+        require(self.requests >= 0, f"requests is {self.requests}; it must not be negative")
         require(self.most >= 0, f"most is {self.most}; it must not be negative")
         require(self.prompt >= 1, f"prompt is {self.prompt}; it must be positive")
         require(self.tokens >= 2, f"tokens is {self.tokens}; from one token to the next there are at least 2")

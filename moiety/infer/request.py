@@ -4,16 +4,41 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Sequence
-from typing import Literal, final
+from typing import Literal, NamedTuple, Protocol, final
 
 from moiety.infer.drafts import NGrams
 from moiety.infer.options import RequestOptions
 from moiety.infer.pages import Table
 from moiety.infer.stops import AnswerText
 
-__all__ = ["Reason", "Request", "State"]
+__all__ = ["Constraint", "Drawn", "Reason", "Request", "State"]
 
 Reason = Literal["stop", "length", "cancelled", "error"]
+
+
+class Drawn(NamedTuple):
+    """A token, and where the request asked for it ln p of it and of the best ones, by the logits as they came."""
+
+    token: int
+    logprob: float | None
+    top: tuple[tuple[int, float], ...]
+
+
+class Constraint(Protocol):
+    """What an answer may be, token by token; it belongs to one request."""
+
+    def allowed(self) -> bytes:
+        """One byte for each token, 0 for those that may not come next; a MoietyError if it cannot say."""
+        ...
+
+    def push(self, token: int) -> None:
+        """Take the token that was drawn."""
+        ...
+
+    @property
+    def is_done(self) -> bool:
+        """True once the answer is whole and nothing may follow."""
+        ...
 
 
 class State(enum.Enum):
@@ -36,6 +61,8 @@ class Request:
         ends: The model's own end tokens.
         longest: Most tokens of prompt and answer together, less the last, which is never computed.
         text: Turns the answer into text; None where nobody asked for text.
+        constraint: What the answer may be; None allows everything.
+        routed: Takes which experts the tokens went to; None where nobody asked.
     """
 
     def __init__(
@@ -47,6 +74,8 @@ class Request:
         ends: frozenset[int] = frozenset(),
         longest: int,
         text: AnswerText | None = None,
+        constraint: Constraint | None = None,
+        routed: object | None = None,
     ) -> None:
         assert 0 < len(prompt) <= longest, (len(prompt), longest)
         self.number, self.prompt, self.options, self.text = number, tuple(prompt), options, text
@@ -61,6 +90,8 @@ class Request:
         self.reused = 0  # tokens of the prompt that were found in pages
         self.preemptions = self.drafted = self.accepted = 0
         self.ngrams: NGrams | None = None
+        self.constraint, self.routed = constraint, routed
+        self.scored: list[Drawn] = []  # tokens of the prompt, where asked for
         self.submitted_s = 0.0
         self.times_s: list[float] = []  # when each token came
 
@@ -73,6 +104,19 @@ class Request:
     def answer(self) -> list[int]:
         """The answer so far; a token that ended it is its last."""
         return self.tokens[len(self.prompt) :]
+
+    @property
+    def reusable(self) -> int:
+        """Tokens from the first on whose work pages may hold, and one that must go through the model."""
+        if self.routed is not None:
+            return 0
+        scored = self.options.prompt_logprobs is not None
+        return min(self.options.scored_from, len(self.tokens)) if scored else len(self.tokens)
+
+    @property
+    def guesses(self) -> bool:
+        """False if its tokens must come one after the other."""
+        return self.constraint is None and self.routed is None
 
     @property
     def longest(self) -> int:
@@ -91,6 +135,9 @@ class Request:
         elif self.text is not None:
             piece = self.text.push(token, may_stop=may_stop)
             self.reason = "stop" if self.text.stopped else None
+        if self.constraint is not None and self.reason is None:
+            self.constraint.push(token)
+            self.reason = "stop" if self.constraint.is_done else None
         if self.reason is None and self.drawn >= self.most:
             self.reason = "length"
         if self.reason is not None and self.text is not None:

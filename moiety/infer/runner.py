@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, final
 
@@ -9,29 +10,26 @@ import torch
 from torch import Tensor
 
 from moiety.errors import MoietyError
-from moiety.infer.request import Request
+from moiety.infer.request import Drawn
+from moiety.infer.routed import RoutedExperts
 from moiety.infer.sampling import Draw, best, not_finite, sample
 from moiety.infer.scheduler import Slice
 from moiety.model.paged import PagedStep, PagePool
-from moiety.model.transformer import Transformer
+from moiety.model.transformer import ModelOutput, Transformer
 from moiety.observe.record import Recorder, Span
 
-__all__ = ["Drawn", "Outcome", "Runner", "imbalance"]
+__all__ = ["Outcome", "Runner", "imbalance"]
 
-
-class Drawn(NamedTuple):
-    """A token, and where the request asked for it ln p of it and of the best ones, by the logits as they came."""
-
-    token: int
-    logprob: float | None
-    top: tuple[tuple[int, float], ...]
+SCORED_AT_ONCE = 32  # rows of logits: a prompt's all together would be tokens x vocabulary
 
 
 class Outcome(NamedTuple):
-    """What came of a slice: tokens, none in the middle of a prompt; why the next one could not be drawn."""
+    """What came of a slice: tokens, none in the middle of a prompt; why the next one could not be drawn; the prompt's
+    tokens that it foresaw, where asked for."""
 
     drawn: list[Drawn]
     error: str = ""
+    scored: Sequence[Drawn] = ()
 
 
 @final
@@ -59,6 +57,7 @@ class Runner:
         self._recorder = recorder
         self._first_request = 0 if recorder is None else recorder.next_request
         self.counts: Mapping[int, Tensor] = {}  # pairs of each expert in the last step, by layer
+        self.totals: dict[int, Tensor] = {}  # and in all steps
 
     @torch.inference_mode()
     def run(self, slices: Sequence[Slice]) -> list[Outcome]:
@@ -72,6 +71,8 @@ class Runner:
         )
         output = self._model(torch.tensor([[token for some in tokens for token in some]]), cache=step)
         self.counts = {layer: routing.counts_E for layer, routing in output.routing.items()}
+        for layer, counts_E in self.counts.items():
+            self.totals[layer] = counts_E + self.totals.get(layer, 0)
         if self._recorder is not None:
             numbers = [self._first_request + piece.request.number for piece in slices]
             spans = [
@@ -87,10 +88,15 @@ class Runner:
                 rows += range(first + piece.size - 1, first + len(some))
             first += len(some)
         logits_NV = output.at(torch.tensor(rows, dtype=torch.int64))
-        return [
-            _outcome(piece, logits_NV[row:], all(finite_T[first : first + piece.size]))
-            for piece, (first, row) in zip(slices, firsts, strict=True)
-        ]
+        outcomes = []
+        for piece, (first, row) in zip(slices, firsts, strict=True):
+            outcome = _outcome(piece, logits_NV[row:], all(finite_T[first : first + piece.size]))
+            if piece.request.options.prompt_logprobs is not None and not outcome.error:
+                outcome = outcome._replace(scored=_scored(piece, output, first))
+            if isinstance(piece.request.routed, RoutedExperts):
+                piece.request.routed.add(output.routing, first, piece.size, start=piece.start)
+            outcomes.append(outcome)
+        return outcomes
 
 
 def _outcome(piece: Slice, logits_NV: Tensor, is_sound: bool) -> Outcome:
@@ -111,18 +117,33 @@ def _outcome(piece: Slice, logits_NV: Tensor, is_sound: bool) -> Outcome:
             bias=request.options.logit_bias,
         )
         try:
+            if request.constraint is not None:
+                draw = dataclasses.replace(draw, allowed=request.constraint.allowed())
             token = int(sample(logits_NV[row : row + 1], [draw]))
         except MoietyError as error:
             return Outcome(drawn, str(error))
-        drawn.append(_described(token, logits_NV[row], request))
+        drawn.append(_described(token, logits_NV[row], request.options.logprobs))
         if row == len(piece.drafts) or token != piece.drafts[row]:
             break
     return Outcome(drawn)
 
 
-def _described(token: int, logits_V: Tensor, request: Request) -> Drawn:
+def _scored(piece: Slice, output: ModelOutput, first: int) -> list[Drawn]:
+    """What the model thought of the prompt's tokens that follow those of a slice."""
+    request, found = piece.request, []
+    count = min(piece.size, len(request.prompt) - 1 - piece.start)
+    skipped = max(request.options.scored_from - 1 - piece.start, 0)
+    for begin in range(skipped, count, SCORED_AT_ONCE):
+        rows = range(begin, min(begin + SCORED_AT_ONCE, count))
+        logits_NV = output.at(torch.tensor(rows) + first)
+        for row, logits_V in zip(rows, logits_NV, strict=True):
+            token = request.prompt[piece.start + row + 1]
+            found.append(_described(token, logits_V, request.options.prompt_logprobs))
+    return found
+
+
+def _described(token: int, logits_V: Tensor, wanted: int | None) -> Drawn:
     """The token with the logarithms that were asked for."""
-    wanted = request.options.logprobs
     if wanted is None:
         return Drawn(token, None, ())
     logprob_V = logits_V.float().log_softmax(-1)

@@ -22,6 +22,7 @@ __all__ = ["Draw", "adjust", "best", "not_finite", "sample", "uniform"]
 BEST_FIRST = (
     1024  # so many best tokens nearly always hold top_p, and are found much faster than by sorting all
 )
+COLDEST = 1e-30  # what divides float32 must not be 0 there
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +35,7 @@ class Draw:
         answer: Tokens of it so far; how many there are is n.
         forbidden: Tokens that cannot be drawn.
         bias: Added to the logits of these tokens.
+        allowed: One byte for each token, 0 for those that cannot be drawn; tokens past its end cannot either.
     """
 
     options: SamplingOptions
@@ -41,6 +43,7 @@ class Draw:
     answer: Sequence[int] = ()
     forbidden: frozenset[int] = frozenset()
     bias: Mapping[int, float] = field(default_factory=dict)
+    allowed: bytes | None = None
 
 
 def not_finite() -> MoietyError:
@@ -85,7 +88,7 @@ def _changes(draw: Draw) -> bool:
     """True if logits are not drawn from as they are."""
     options = draw.options
     penalties = (options.repetition_penalty - 1, options.presence_penalty, options.frequency_penalty)
-    return any(penalties) or bool(draw.bias) or bool(draw.forbidden)
+    return any(penalties) or bool(draw.bias) or bool(draw.forbidden) or draw.allowed is not None
 
 
 def adjust(logits_V: Tensor, draw: Draw) -> None:
@@ -103,12 +106,16 @@ def adjust(logits_V: Tensor, draw: Draw) -> None:
         logits_V[list(draw.bias)] += torch.tensor(list(draw.bias.values()))
     if draw.forbidden:
         logits_V[list(draw.forbidden)] = float("-inf")
+    if draw.allowed is not None:
+        refused_V = torch.frombuffer(bytearray(draw.allowed), dtype=torch.uint8)[: len(logits_V)] == 0
+        logits_V[: len(refused_V)].masked_fill_(refused_V, float("-inf"))
+        logits_V[len(refused_V) :] = float("-inf")
 
 
 def _drawn(logits_V: Tensor, draw: Draw) -> Tensor:
     """The token at a temperature, after the filters: an integer."""
     options = draw.options
-    probability_C = ((logits_V - logits_V.amax()) / options.temperature).softmax(-1)
+    probability_C = ((logits_V - logits_V.amax()) / max(options.temperature, COLDEST)).softmax(-1)
     token_C = None
     if options.top_k or options.top_p < 1:
         token_C = _kept(probability_C, options.top_k, options.top_p).sort().values
@@ -132,6 +139,7 @@ def _kept(probability_V: Tensor, top_k: int, top_p: float) -> Tensor:
         share_C = best_C.double()
         total = share_C.sum() if top_k else probability_V.sum(dtype=torch.float64)
         kept_C = share_C.cumsum(0) - share_C < top_p * total
+        kept_C[0] = True  # the least top_p times a total may be 0
         if top_k or count >= size or not bool(kept_C[-1]):
             return token_C[kept_C]
         count *= 16

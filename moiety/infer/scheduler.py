@@ -115,7 +115,7 @@ class Scheduler:
         """Give the oldest waiting request pages for all its tokens, if that leaves one for each that runs."""
         if len(self.running) >= self._max_requests:
             return False
-        reused = self.pages.reuse(request.table, request.tokens)
+        reused = self.pages.reuse(request.table, request.tokens[: request.reusable])
         if any(self._computes(other, request) for other in self.running):
             self.pages.release(request.table)
             return False
@@ -131,7 +131,7 @@ class Scheduler:
 
     def _computes(self, other: Request, request: Request) -> bool:
         """True if the page that a new request lacks is in another one's prompt and will soon be there."""
-        wanted = self.pages.next_key(request.table, request.tokens, len(request.tokens) - 1)
+        wanted = self.pages.next_key(request.table, request.tokens, request.reusable - 1)
         return wanted is not None and wanted == self.pages.next_key(
             other.table, other.prompt, len(other.prompt)
         )
@@ -157,7 +157,7 @@ class Scheduler:
         for piece in slices:
             request = piece.request
             room = min(left, request.most - request.drawn - 1)
-            if piece.draws and piece.size == 1 and room > 0:
+            if piece.draws and piece.size == 1 and room > 0 and request.guesses:
                 request.ngrams = request.ngrams or NGrams()
                 drafts = draft(request.ngrams, request.tokens, room, sequences, tokens)
                 if drafts and not self.pages.extend(request.table, len(request.tokens) + len(drafts)):

@@ -179,7 +179,7 @@ class Tokenizer:
         self._token_bytes = _token_bytes(inner)
         self.chat_template = chat_template
         self.special_tokens = dict(special_tokens or {})
-        named = sorted(self._special_ids(), key=len, reverse=True)  # the longest first: one may begin another
+        named = sorted(self.special_ids(), key=len, reverse=True)  # the longest first: one may begin another
         self._special = re.compile(f"({'|'.join(map(re.escape, named))})" if named else r"(?!)()")
         self.end_token = end_token
         end_id = inner.token_to_id(end_token)
@@ -239,16 +239,23 @@ class Tokenizer:
 
     @property
     def around(self) -> tuple[int, ...]:
-        """Tokens that `tokenizer.json` wants around a text, mostly one before it or none; `encode` adds none."""
+        """Tokens that `tokenizer.json` wants around a text, mostly one before it or none; `encode_prompt` adds them."""
         return tuple(self._inner.encode("", add_special_tokens=True).ids)
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a text; nothing is added before or after."""
         return list(self._inner.encode(text, add_special_tokens=False).ids)
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """Tokens of a text to be continued: what `tokenizer.json` wants around it is there, as in transformers.
+
+        Of a text without tokens it is the end token, after which a new text begins.
+        """
+        return list(self._inner.encode(text, add_special_tokens=True).ids) or [self.end_id]
+
     def encode_with_special(self, text: str) -> list[int]:
         """Tokens of a text in which the letters of a special token are that token: what a chat template writes."""
-        ids = self._special_ids()
+        ids = self.special_ids()
         tokens: list[int] = []
         for number, piece in enumerate(self._special.split(text)):
             if number % 2:
@@ -319,7 +326,7 @@ class Tokenizer:
             Path(folder) / "tokenizer_config.json", (json.dumps(config, indent=2) + "\n").encode()
         )
 
-    def _special_ids(self) -> dict[str, int]:
+    def special_ids(self) -> dict[str, int]:
         """The token of each special token's letters."""
         added = self._inner.get_added_tokens_decoder()
         return {one.content: token for token, one in added.items() if one.special}

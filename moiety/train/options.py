@@ -8,10 +8,26 @@ from typing import Literal
 from moiety.config import check_types, option, require
 from moiety.schedule import Schedule
 
-__all__ = ["SCHEDULES", "ScheduleName", "TrainOptions"]
+__all__ = ["SCHEDULES", "HeldOutOptions", "ScheduleName", "TrainOptions"]
 
 ScheduleName = Literal["cosine", "wsd"]
 SCHEDULES: tuple[ScheduleName, ...] = ("cosine", "wsd")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOutOptions:
+    """Which held-out text a model is scored on."""
+
+    batch: int = option(8, help="sequences at a time")
+    length: int = option(0, help="tokens in a sequence; 0 takes the model's longest, at most 512")
+    sequences: int = option(32, help="most sequences of a domain")
+    bytes_per_domain: int = option(1_000_000, help="size of the default corpus")
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        require(self.length >= 0, f"length is {self.length}; it must not be negative")
+        for name in ("batch", "sequences", "bytes_per_domain"):
+            require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be positive")
 
 
 @dataclass(frozen=True, kw_only=True)

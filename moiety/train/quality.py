@@ -1,10 +1,10 @@
-"""What fewer bits cost: a model's predictions against those it had, on held-out text, with confidence intervals."""
+"""How a changed model predicts held-out text, against what it predicted before, with confidence intervals."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,10 +15,11 @@ from torch import Tensor
 
 from moiety.model.loss import IGNORED
 from moiety.model.transformer import ModelOutput, Transformer
+from moiety.observe.record import Recorder, spans_of
 from moiety.train.data import Batch
 from moiety.train.evaluate import real_tokens
 
-__all__ = ["Interval", "Quality", "compare"]
+__all__ = ["Interval", "Quality", "compare", "together"]
 
 RESAMPLES = 1000
 SLICE_ELEMENTS = 1 << 21  # log-probabilities that are compared at once
@@ -91,9 +92,19 @@ class Quality:
         return self._per_token(self.agree_S)
 
 
+def together(parts: Sequence[Quality]) -> Quality:
+    """What was found on several texts, as found on all of them."""
+    fields = ("nats_S", "reference_nats_S", "kl_S", "agree_S", "tokens_S")
+    joined = {name: np.concatenate([getattr(part, name) for part in parts]) for name in fields}
+    return Quality(**joined, size_bytes=sum(part.size_bytes for part in parts))
+
+
 @torch.no_grad()
 def compare(
-    reference: Transformer, others: Mapping[str, Transformer], batches: Iterable[Batch]
+    reference: Transformer,
+    others: Mapping[str, Transformer],
+    batches: Iterable[Batch],
+    recorder: Recorder | None = None,
 ) -> dict[str, Quality]:
     """Score models on the same text beside the one that they were made from.
 
@@ -101,6 +112,7 @@ def compare(
         reference: What they should predict; all are in evaluation mode.
         others: Models with the same vocabulary, by name; the reference may be one of them.
         batches: Held-out text.
+        recorder: Takes the reference's routing of every batch.
     """
     rows: dict[str, list[Tensor]] = {name: [] for name in others}
     size_bytes = 0
@@ -108,6 +120,9 @@ def compare(
         size_bytes += batch.target_bytes
         valid_BS = real_tokens(batch.targets_BS)
         true = reference(batch.tokens_BS, valid_BS=valid_BS)
+        if recorder is not None:
+            spans = spans_of(batch.tokens_BS, recorder.next_request, valid_BS=valid_BS)
+            recorder.add(true.routing, spans)
         for name, model in others.items():
             output = true if model is reference else model(batch.tokens_BS, valid_BS=valid_BS)
             rows[name].append(_sums(true, output, batch.targets_BS, reference.config.vocab_size))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +17,9 @@ from moiety.model.tokenizer import Tokenizer
 from moiety.observe.alarm import batch_advice
 from moiety.storage import write_atomically
 from moiety.train import corpus
-from moiety.train.data import TokenData, build, prepare_tokenizer
+from moiety.train.data import Batch, TokenData, build, prepare_tokenizer
 from moiety.train.model_options import ModelOptions
-from moiety.train.options import TrainOptions
+from moiety.train.options import HeldOutOptions, TrainOptions
 from moiety.train.routers import loss_terms
 from moiety.train.state import latest_checkpoint
 
@@ -27,6 +28,7 @@ __all__ = [
     "RunPlan",
     "Text",
     "describe",
+    "held_out",
     "prepare_text",
     "read_plan",
     "resume",
@@ -98,6 +100,37 @@ def prepare_text(
     if silent:
         notes[f"too short to hold anything out, so not evaluated: {', '.join(silent)}"] = None
     return Text(data=data, tokenizer=tokenizer, notes=tuple(notes))
+
+
+def held_out(
+    sources: Sequence[str], tokenizer: Tokenizer, longest: int, options: HeldOutOptions
+) -> tuple[dict[str, list[Batch]], tuple[str, ...]]:
+    """The held-out text of each domain that has some, and what a person should know about it.
+
+    Args:
+        sources: As for `prepare_text`.
+        tokenizer: The model's.
+        longest: The model's longest sequence.
+        options: How much of it, and how it is cut.
+
+    Raises:
+        DataError: a text cannot be read or is too little.
+    """
+    with tempfile.TemporaryDirectory(prefix="moiety-") as folder:
+        text = prepare_text(
+            Path(folder),
+            sources,
+            vocab_size=0,
+            bytes_per_domain=options.bytes_per_domain,
+            tokenizer=tokenizer,
+        )
+        sizes, length = text.data.sizes("held_out"), options.length or min(longest, 512)
+        batches = {
+            domain: [*text.data.evaluation(domain, B=options.batch, S=length, limit=options.sequences)]
+            for domain in text.data.domains
+            if sizes[domain]["documents"]
+        }
+    return batches, text.notes
 
 
 class Opened(NamedTuple):

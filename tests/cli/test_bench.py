@@ -71,8 +71,8 @@ def test_a_known_shape_needs_no_download(call: Call, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        ((), "one of a path and --shape"),
-        (("RUN", "--shape", "olmoe-1b-7b"), "one of a path and --shape"),
+        ((), "one of a path, --shape"),
+        (("RUN", "--shape", "olmoe-1b-7b"), "one of a path, --shape"),
         (("RUN", "--batches", "1,x"), "batches is '1,x'"),
         (("RUN", "--prefill", "0"), "prefill is '0'"),
         (("RUN", "--prefill", "", "--prompt", "100000"), "cannot be measured"),

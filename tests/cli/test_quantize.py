@@ -1,4 +1,4 @@
-"""`moiety quantize` and `moiety quality`: what they write and print is what the functions say."""
+"""`moiety quantize`: what it writes and prints is what the functions say."""
 
 from __future__ import annotations
 
@@ -93,32 +93,6 @@ def test_words_that_mean_nothing(
 def test_source_is_not_target(call: Call, trained: Path) -> None:
     folder = open_model(trained).path
     call("quantize", folder, folder).assert_refused(2, "source and target")
-
-
-def test_quality_of_two_models(call: Call, trained: Path, texts: list[str], tmp_path: Path) -> None:
-    assert call("quantize", trained, tmp_path / "out", "--format", "int8-g32").code == 0
-    words = (
-        "quality",
-        trained,
-        *texts,
-        "--formats",
-        "int8-g32,experts=int4-g32",
-        "--against",
-        tmp_path / "out",
-    )
-    said = call(*words, "--sequences", 8, "--json")
-    assert said.code == 0
-    rows = {(Path(row["model"]).name, row["format"]): row for row in said.json}
-    assert len(rows) == len(said.json) == 6
-    own, int8 = rows[(trained.name, "as it is")], rows[(trained.name, "int8-g32")]
-    assert own["kl"]["value"] == 0 and own["agreement"]["value"] == 1 and 0 < int8["kl"]["value"] < 0.01
-    assert (
-        int8["bytes"] < 0.6 * own["bytes"]
-    )  # experts as small as these are filled up to pages of 4096 bytes
-    already = rows[("out", "as it is")]
-    assert already["bits_per_byte"] == int8["bits_per_byte"] and rows[("out", "int8-g32")]["kl"]["value"] == 0
-    table = call(*words, "--sequences", 8, columns=160)
-    assert table.code == 0 and "KL, nats/token" in table.out and "experts=int4-g32" in table.out
 
 
 def test_a_full_disk_leaves_nothing_half_written(trained: Path, tmp_path: Path) -> None:

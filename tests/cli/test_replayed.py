@@ -48,7 +48,7 @@ def test_generate_records(call: Call, trained: Path, tmp_path: Path) -> None:
     )
 
 
-def test_chat_bench_and_evaluate_record(
+def test_chat_bench_and_eval_record(
     call: Call, trained: Path, texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines = iter(["hello", "you"])
@@ -56,7 +56,7 @@ def test_chat_bench_and_evaluate_record(
     asked: dict[str, tuple[Any, ...]] = {
         "chat": ("chat", trained, "--max-tokens", 3),
         "bench": ("bench", trained, "--batches", "2", "--prompt", 3, "--tokens", 4, "--prefill", "7"),
-        "evaluate": ("evaluate", trained, *texts, "--sequences", 2, "--length", 16),
+        "eval": ("eval", trained, *texts, "--ppl", "--sequences", 2, "--length", 16),
     }
     for name, words in asked.items():
         said = call(*words, "--record", tmp_path / name)

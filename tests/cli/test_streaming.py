@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.conftest import Call, interrupt_when, run_apart, start
+from tests.infer import test_harness
 from tests.infer.test_streaming import write_middle
 
 WORDS = ("one two", "--max-tokens", 12, "--temperature", 0)
@@ -67,6 +68,7 @@ def test_what_a_preference_costs(middle: Path, smallest: str, tmp_path: Path) ->
     text.write_text("one two three two one\n" * 400)
     words = (
         f"{text}:domain=x",
+        "--ppl",
         "--length",
         24,
         "--batch",
@@ -77,13 +79,27 @@ def test_what_a_preference_costs(middle: Path, smallest: str, tmp_path: Path) ->
         "--memory",
         smallest,
     )
-    said = run_apart("quality", middle, *words, "--resident-bias", 0.2)
+    said = run_apart("eval", middle, *words, "--resident-bias", 0.2)
     assert said.code == 0, said.err
     as_it_is, streamed = said.json
-    assert as_it_is["format"] == "as it is" and streamed["format"] == "streamed"
+    assert as_it_is["variant"] == "as it is" and streamed["variant"] == "streamed"
     assert streamed["kl"]["value"] > 0 and "% of pairs changed" in " ".join(said.err.split())
-    said = run_apart("quality", middle, *words)
+    said = run_apart("eval", middle, *words)
     assert said.json[1]["kl"]["value"] == 0 and said.json[1]["agreement"]["value"] == 1
+
+
+def test_tasks_have_the_same_figures(
+    call: Call, middle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DISABLE_MULTIPROC", "1")  # lm_eval forks for errors of its figures
+    folder = test_harness.tasks(tmp_path)
+    words = ("eval", middle, "--tasks", "choice_task", "--include-path", folder, "--limit", 3, "--json")
+    refused = run_apart(*words, "--memory", "100MiB")
+    found = re.search(r"the\s+smallest\s+is\s+(\d+)\s+MiB", refused.err)
+    assert refused.code == 2 and found, refused.err
+    said = run_apart(*words, "--memory", f"{found[1]}MiB")
+    assert said.code == 0 and "% in memory" in said.err, said.err
+    assert said.json["figures"] == call(*words).json["figures"] != []
 
 
 def test_refusals(call: Call, trained: Path, middle: Path) -> None:

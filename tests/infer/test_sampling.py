@@ -219,6 +219,21 @@ def test_the_logits_are_left_as_they_were() -> None:
     assert logits.tolist() == torch.tensor([LOGITS]).tolist()
 
 
+def test_the_least_numbers_take_the_best_token() -> None:
+    logits_V, least = torch.randn(50), 5e-324
+    for values in (
+        {"temperature": least},
+        {"top_p": least},
+        {"temperature": least, "top_p": least, "top_k": 3},
+    ):
+        options = SamplingOptions(**{"temperature": 1.0, "top_k": 9} | values)
+        for seed in range(9):
+            draw = Draw(options=replace(options, seed=seed))
+            assert int(sample(logits_V[None], [draw])) == int(logits_V.argmax())
+    flat_V = torch.zeros(50)  # the three best have less than half of the whole
+    assert int(sample(flat_V[None], [Draw(options=SamplingOptions(top_p=least, top_k=3))])) < 3
+
+
 def test_nothing_is_cut_off_at_top_p_1() -> None:
     """A sum of many float32 probabilities may pass 1 before the last one."""
     logits = torch.zeros(3_000, 150)

@@ -9,6 +9,7 @@ from typing import Any
 import gguf as package
 import pytest
 import tokenizers
+import transformers
 from tokenizers import Regex, pre_tokenizers
 
 from moiety.errors import FormatError, UsageError
@@ -219,3 +220,8 @@ def test_tokenizer_config_says_whether_a_text_begins(frame: str, said: bool | No
     bos = json.loads(ours.to_json())["added_tokens"][1]
     assert bos["content"] == "<s>" and read.around == ((bos["id"],) if begins else ())
     assert read.encode("the ell") == ours.encode("the ell")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    if said is None:  # transformers reads add_bos_token for some classes alone
+        for text in ("the ell", "", " the"):
+            assert read.encode_prompt(text) == (theirs(text).input_ids or [read.end_id])
+    assert read.encode_prompt("the") == [*read.around, *read.encode("the")]
