@@ -16,8 +16,8 @@ from moiety.serve.options import ServeOptions
 __all__ = ["app"]
 
 KEY = "MOIETY_API_KEY"
-# oneDNN keeps code for each shape of a product, 1024 of them, and torch does so again: some hundred megabytes in a server,
-# whose steps have any number of rows. Read when torch is imported.
+# oneDNN keeps code for each shape of a product, 1024 of them, and torch does so again: hundreds of megabytes in a
+# server, whose steps have any number of rows. Read when torch is imported.
 SHAPE_CACHES = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
 app = command("moiety serve", "Serve a model over HTTP, as clients of OpenAI expect it.")
 
