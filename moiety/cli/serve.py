@@ -15,7 +15,7 @@ from moiety.serve.options import KEY, ServeOptions
 
 __all__ = ["app"]
 
-# oneDNN keeps code for each shape of a product, 1024 of them, and torch does so again: some hundred megabytes in a
+# oneDNN keeps code for each shape of a product, 1024 of them, and torch does so again: hundreds of megabytes in a
 # server, whose steps have any number of rows. Read when torch is imported.
 SHAPE_CACHES = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
 app = command("moiety serve", "Serve a model over HTTP, as clients of OpenAI expect it.")
