@@ -221,7 +221,11 @@ def test_the_logits_are_left_as_they_were() -> None:
 
 def test_the_least_numbers_take_the_best_token() -> None:
     logits_V, least = torch.randn(50), 5e-324
-    for values in ({"temperature": least}, {"top_p": least}, {"temperature": least, "top_p": least, "top_k": 3}):
+    for values in (
+        {"temperature": least},
+        {"top_p": least},
+        {"temperature": least, "top_p": least, "top_k": 3},
+    ):
         options = SamplingOptions(**{"temperature": 1.0, "top_k": 9} | values)
         for seed in range(9):
             draw = Draw(options=replace(options, seed=seed))
