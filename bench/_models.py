@@ -37,7 +37,7 @@ def random_model(config: ModelConfig) -> Transformer:
 
 
 def letters_tokenizer(size: int) -> Tokenizer:
-    """A vocabulary in which up to 52,022 tokens write one to three letters, so that every piece of a stream has text."""
+    """A vocabulary in which up to 52,022 tokens write one to three letters, so that all of a stream has text."""
     end, letters = "<|endoftext|>", string.ascii_lowercase + string.digits + "-"
     pairs = [(one, other) for one in letters for other in letters]
     triples = [(one + other, last) for one, other in pairs for last in letters]

@@ -354,7 +354,7 @@ def _watched(idle_s: float) -> Callable[..., H11Protocol]:
             if idle and seen() is protocol.cycle:
                 protocol.transport.close()
                 return
-            cycle = protocol.cycle
+            cycle: object = protocol.cycle
             loop.call_later(
                 idle_s, look, (_nothing if cycle is None else weakref.ref(cycle)) if idle else object
             )
