@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import string
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import tokenizers
 import torch
+from tokenizers import decoders, models, pre_tokenizers
 
 from moiety.config import ModelConfig
-from moiety.model.tokenizer import train_tokenizer
+from moiety.model.tokenizer import Tokenizer, train_tokenizer
 from moiety.model.transformer import Transformer
 from moiety.quant.pretend import packed_model, shape_named
 
-__all__ = ["packed_model", "random_model", "shape_named", "write_gguf"]
+__all__ = ["letters_tokenizer", "packed_model", "random_model", "shape_named", "write_gguf"]
 
 
 def random_model(config: ModelConfig) -> Transformer:
@@ -34,14 +37,38 @@ def random_model(config: ModelConfig) -> Transformer:
     return model.eval()
 
 
-def write_gguf(config: ModelConfig, path: Path, change: Callable[[Transformer], None] | None = None) -> None:
+def letters_tokenizer(size: int) -> Tokenizer:
+    """A vocabulary in which up to 52,022 tokens write one to three letters, so that all of a stream has text."""
+    end, letters = "<|endoftext|>", string.ascii_lowercase + string.digits + "-"
+    pairs = [(one, other) for one in letters for other in letters]
+    triples = [(one + other, last) for one, other in pairs for last in letters]
+    alphabet = [end, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    merges = [*pairs, *triples][: size - len(alphabet)]
+    words = [*alphabet, *(one + other for one, other in merges)]
+    inner = tokenizers.Tokenizer(
+        models.BPE(vocab={word: number for number, word in enumerate(words)}, merges=merges)
+    )
+    inner.add_special_tokens([end])
+    inner.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    inner.decoder = decoders.ByteLevel()
+    return Tokenizer(inner, end_token=end)
+
+
+def write_gguf(
+    config: ModelConfig,
+    path: Path,
+    change: Callable[[Transformer], None] | None = None,
+    tokenizer: Tokenizer | None = None,
+) -> None:
     """A Q4_0 file of this shape: one layer, `change`d first, is quantized and written as often as there are layers."""
     import gguf
 
     from moiety.model.gguf import save_gguf
 
     one = path.with_suffix(".one.gguf")
-    tokenizer = train_tokenizer(["a server wants to show its tokens as text"], 300)
+    tokenizer = tokenizer or train_tokenizer(["a server wants to show its tokens as text"], 300)
     model = random_model(replace(config, layers=1))
     if change is not None:
         change(model)

@@ -19,19 +19,18 @@ from moiety.train.host import keep_freed_memory
 MOST_POSITIONS = 512
 
 
-def ours(model: str, layers: int, file: str) -> None:
+def ours(model: str, layers: int, _: str) -> None:
     """`moiety serve` on packed weights."""
-    from _models import packed_model, shape_named
+    from _models import letters_tokenizer, packed_model, shape_named
 
     from moiety.infer.engine import Engine
     from moiety.infer.open import Opened
     from moiety.infer.options import EngineOptions, RequestOptions, SamplingOptions
-    from moiety.model.gguf import read_tokenizer
     from moiety.serve.options import ServeOptions
     from moiety.serve.server import Server, served_of
 
     config = shape_named(model, layers)
-    packed, tokenizer = packed_model(config, "int4-g32"), read_tokenizer(Path(file))
+    packed, tokenizer = packed_model(config, "int4-g32"), letters_tokenizer(config.vocab_size)
     options = EngineOptions(max_positions=MOST_POSITIONS, max_requests=32, prefix_cache=False)
     opened = Opened(packed, tokenizer, Path("bench"), frozenset({tokenizer.end_id}))
     server = Server(served_of(opened, options, ServeOptions(port=0)))
@@ -45,7 +44,7 @@ def ours(model: str, layers: int, file: str) -> None:
         asked = RequestOptions(
             max_tokens=tokens, ignore_end=True, sampling=SamplingOptions(temperature=0), logprobs=None
         )
-        prompts = [[random.randrange(3, 300) for _ in range(prompt)] for _ in range(requests)]
+        prompts = [[random.randrange(3, 50_000) for _ in range(prompt)] for _ in range(requests)]
         begun = time.perf_counter()
         alone.generate(prompts, asked)
         print(f"seconds {time.perf_counter() - begun}", flush=True)

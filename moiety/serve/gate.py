@@ -1,7 +1,7 @@
 """Between event loop and engine: one thread makes steps, requests come in under a budget, events go out in batches.
 
 All of `Gate` but `_work` runs in the event loop's thread; nothing there waits for a step. A step's events cross over in
-one call, so a step with 32 tokens wakes the loop once.
+one call, so a step with 32 tokens wakes the loop once, and the next step waits a moment until they are written.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from moiety.serve.refusal import Refusal, refusal_of
 __all__ = ["Ask", "Gate", "Group"]
 
 LONGEST_RETRY_S = 60
+LONGEST_WRITE_S = 0.01  # two threads of Python at once take longer than one after the other
 QUEUED_SEQUENCES = 16  # of the longest there can be: what may wait when nothing else is said
 FAILURES = (MoietyError, RuntimeError, ValueError, TypeError, LookupError, ArithmeticError)
 logger = logging.getLogger("moiety.serve")
@@ -121,6 +122,7 @@ class Gate:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._fresh: deque[Event] = deque()  # the engine's thread puts them in and takes them out
         self._stopping = threading.Event()
+        self._written = threading.Event()
         self._is_draining = False
         self._tokens_per_s = 0.0
         self._thread = threading.Thread(target=self._work, name="moiety-engine", daemon=True)
@@ -208,6 +210,8 @@ class Gate:
             found = self._groups.get(event.number)
             if found is not None:
                 found[0].put(found[1], event)
+        assert self._loop is not None
+        self._loop.call_soon(self._written.set)  # behind those that were woken just now
 
     def _work(self) -> None:
         """The engine's thread."""
@@ -225,7 +229,9 @@ class Gate:
                 rate = (self.engine.computed_tokens - before) / spent_s
                 self._tokens_per_s += 0.1 * (rate - self._tokens_per_s)
                 events = [self._fresh.popleft() for _ in range(len(self._fresh))]
+                self._written.clear()
                 self._loop.call_soon_threadsafe(self._deliver, events)
+                self._written.wait(LONGEST_WRITE_S)
         finally:
             if not self._stopping.is_set():  # something that only a bug can cause: nobody may wait for ever
                 self.drain()
