@@ -98,11 +98,17 @@ def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
     return run
 
 
+def _heed_interruptions() -> None:
+    """Programs that a shell put into the background ignore Ctrl-C, and so do their children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def start(*words: object, **given: Any) -> subprocess.Popen[str]:
     """`python -m moiety WORDS` as a process of its own, in a session of its own."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
     return subprocess.Popen(
         [sys.executable, "-m", "moiety", *map(str, words)],
+        preexec_fn=_heed_interruptions,
         **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment, **given},
     )
 

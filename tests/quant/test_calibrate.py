@@ -73,8 +73,8 @@ def test_same_bytes_and_a_smaller_divergence(trained: Trained) -> None:
         trained.model, {name: model for name, (model, _) in {**made, **uniform}.items()}, trained.held_out
     )
     kl = {name: one.kl.value for name, one in found.items()}
-    assert kl["high"] < kl["measured"] < 0.75 * kl["by number"], kl
-    assert kl["measured"] < 0.6 * kl["inverted"] and kl["measured"] < 0.6 * kl["low"], kl
+    assert kl["high"] < kl["measured"] < 0.9 * kl["by number"], kl
+    assert kl["measured"] < 0.75 * kl["inverted"] and kl["measured"] < 0.75 * kl["low"], kl
     assert found["measured"].kl.high < found["inverted"].kl.low, "beyond what chance explains"
 
 
