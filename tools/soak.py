@@ -2,7 +2,8 @@
 
 `moiety serve` runs as a process of its own on a tiny model (or on --model). Clients ask for whole answers and for
 streams, leave streams, send what is refused, and look things up. After a warm-up, the slope of the resident memory is
-the median of the slopes between all pairs of samples (Theil and Sen), which a single jump does not move. The last line on stdout is JSON; exit code 4 if the slope is 1 MB/h or more, or an answer was wrong.
+the median of the slopes between all pairs of samples (Theil and Sen), which a single jump does not move. The last
+line on stdout is JSON; exit code 4 if the slope is 1 MB/h or more, or an answer was wrong.
 """
 
 from __future__ import annotations
