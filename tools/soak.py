@@ -1,9 +1,9 @@
 """Run a server for a while under mixed load and see whether its memory grows: python tools/soak.py --minutes 10.
 
 `moiety serve` runs as a process of its own on a tiny model (or on --model). Clients ask for whole answers and for
-streams, leave streams, send what is refused, and look things up. After a fifth of the time as warm-up, the slope of
-the resident memory is the median of the slopes between all pairs of samples (Theil and Sen), which a single jump does
-not move. The last line on stdout is JSON; exit code 4 if the slope is 1 MB/h or more, or an answer was wrong.
+streams, leave streams, send what is refused, and look things up. After a warm-up, the slope of the resident memory is
+the median of the slopes between all pairs of samples (Theil and Sen), which a single jump does not move. The last
+line on stdout is JSON; exit code 4 if the slope is 1 MB/h or more, or an answer was wrong.
 """
 
 from __future__ import annotations
@@ -137,9 +137,11 @@ def main() -> int:
     """Serve, load, sample, judge."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--warm-up-minutes", type=float, default=5)
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--model", default="", help="a model to serve; none makes a tiny one")
     options = parser.parse_args()
+    warm_s, whole_s = 60 * options.warm_up_minutes, 60 * (options.warm_up_minutes + options.minutes)
     with tempfile.TemporaryDirectory(prefix="moiety-soak-") as folder:
         path = options.model or f"{folder}/{NAME}"
         if not options.model:
@@ -154,19 +156,19 @@ def main() -> int:
             samples: list[tuple[float, float]] = []
             begun_s = time.monotonic()
             load.start()
-            while (now_s := time.monotonic() - begun_s) < 60 * options.minutes and server.poll() is None:
+            while (now_s := time.monotonic() - begun_s) < whole_s and server.poll() is None:
                 samples.append((now_s, resident_mb(server.pid)))
-                time.sleep(max(0.2, 60 * options.minutes / 600))
+                time.sleep(max(0.2, whole_s / 600))
             load.stop()
             server.terminate()
             code = server.wait(30)
-    kept = [(at_s, size_mb) for at_s, size_mb in samples if at_s > 12 * options.minutes]
+    kept = [(at_s, size_mb) for at_s, size_mb in samples if at_s > warm_s]
     slope = slope_per_h(kept)
     found = {
         "minutes": options.minutes,
         "requests": sum(load.statuses.values()),
         "statuses": load.statuses,
-        "resident_mb": [round(samples[0][1], 2), round(kept[0][1], 2), round(kept[-1][1], 2)],
+        "resident_mb": [round(size_mb, 1) for _, size_mb in samples[:: max(1, len(samples) // 20)]],
         "slope_mb_per_h": round(slope, 3),
         "bar_mb_per_h": BAR_MB_PER_H,
         "wrong": load.wrong[:5],

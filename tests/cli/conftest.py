@@ -108,7 +108,7 @@ def start(*words: object, **given: Any) -> subprocess.Popen[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
     return subprocess.Popen(
         [sys.executable, "-m", "moiety", *map(str, words)],
-        preexec_fn=_heed_interruptions,
+        preexec_fn=_heed_interruptions,  # noqa: PLW1509 - it touches no lock
         **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment, **given},
     )
 
