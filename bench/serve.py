@@ -8,7 +8,7 @@ What HTTP takes is measured with the whole model, and with two layers of it, whe
 to the client weighs most. There the server has one half of the processor's cores to itself and the client the other
 half, so that the client's work is not taken for the server's. In the same process on the same cores the engine alone
 answers the same prompts with the same options. Seconds give the share of throughput that is left, processor time what
-a token costs.
+a token costs. `--http` measures that alone.
 """
 
 from __future__ import annotations
@@ -288,6 +288,8 @@ def against_llama_cpp(label: str, layers: int, file: Path, tokens: int, rounds: 
 
 def main() -> int:
     """The two servers in turn, then ours against its engine."""
+    http_alone = "--http" in sys.argv  # leave llama.cpp's server out
+    sys.argv = [word for word in sys.argv if word != "--http"]
     options = arguments(__doc__ or "")
     if options.device != "cpu":
         print("this measures CPUs", file=sys.stderr)
@@ -299,8 +301,11 @@ def main() -> int:
         file = Path(folder) / "random.gguf"
         shape = shape_named(MODEL, layers)
         write_gguf(shape, file, tokenizer=letters_tokenizer(shape.vocab_size))
-        if importlib.util.find_spec("xllamacpp") is None:
-            print("llama.cpp is left out: xllamacpp is not installed", file=sys.stderr)
+        if http_alone or importlib.util.find_spec("xllamacpp") is None:
+            print(
+                "llama.cpp is left out" + ("" if http_alone else ": xllamacpp is not installed"),
+                file=sys.stderr,
+            )
         else:
             rows += against_llama_cpp(label, layers, file, tokens, rounds)
         if options.quick:

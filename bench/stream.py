@@ -80,6 +80,7 @@ class Case:
 
 CASES = (
     Case(shape="mixtral-8x7b", layers=8, over=1.1, decode_bar=1.5, prefill_bar=5.0),
+    Case(shape="mixtral-8x7b", layers=4, over=2.2, decode_bar=1.5, prefill_bar=5.0),
     Case(shape="qwen3-30b-a3b", layers=12, share=0.5, popular="zipf", decode_bar=3.0, resident_bar=0.6),
     Case(shape="qwen3-30b-a3b", layers=12, share=0.5, popular="olmoe", decode_bar=3.0, resident_bar=0.6),
 )

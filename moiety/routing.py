@@ -186,6 +186,16 @@ class Routing:
         routing.__dict__["expert_N"] = expert_N  # known already
         return routing
 
+    @classmethod
+    def to_one(cls, tokens: int, device: torch.device | str = "cpu") -> Routing:
+        """Every token to the one expert there is, with weight 1."""
+        return cls(
+            token_N=torch.arange(tokens, device=device),
+            weight_N=torch.ones(tokens, device=device),
+            counts_E=torch.tensor([tokens], device=device),
+            tokens=tokens,
+        )
+
     @property
     def experts(self) -> int:
         """Number of experts E."""

@@ -54,9 +54,9 @@ FORMAT, VERSION = "moiety-trace", 2  # 1 where there are no domains, for older r
 CHUNK_BYTES = 4 << 20
 HEADER_BYTES_MAX, ARRAY_BYTES_MAX = 4 << 20, 1 << 30
 LAYERS_MAX, EXPERTS_MAX, DOMAINS_MAX = 10_000, 65_535, 10_000
-DAMAGE = (
+DAMAGE = (  # what zipfile and numpy raise on bytes that are none of ours
     zipfile.BadZipFile,
-    NotImplementedError,
+    NotImplementedError,  # a compression that zipfile does not know
     EOFError,
     ValueError,
     struct.error,

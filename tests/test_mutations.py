@@ -47,7 +47,9 @@ PAGES, ENGINE, SAMPLING = (
     "tests/infer/test_engine.py",
     "tests/infer/test_sampling.py",
 )
+UPCYCLE = "tests/moe/test_upcycle.py"
 CALIBRATE, PACKED = "tests/quant/test_calibrate.py", "tests/moe/test_packed.py"
+ACROSS_LAYER, ACROSS_RUN = "tests/parallel/test_expert_parallel.py", "tests/parallel/test_training.py"
 CPU, CPU_ROUTING = "tests/backends/test_cpu.py", "tests/backends/test_cpu_routing.py"
 
 
@@ -114,6 +116,34 @@ MUTATIONS = (
         ROUTERS,
     ),
     Mutation(
+        "doubled gradients of experts in other processes",
+        "parallel/expert_parallel.py",
+        "return _exchange(grad_MD, ctx.trip.rows, ctx.trip.group)[0], None",
+        "return 2 * _exchange(grad_MD, ctx.trip.rows, ctx.trip.group)[0], None",
+        ACROSS_LAYER,
+    ),
+    Mutation(
+        "gradients of experts added to those of others",
+        "parallel/mesh.py",
+        'over = "data" if self._layout(name).along == "expert" else "copies"',
+        'over = "copies"',
+        ACROSS_RUN,
+    ),
+    Mutation(
+        "a norm of one process's experts",
+        "parallel/mesh.py",
+        '        dist.all_reduce(parts[1], group=self.groups["expert"])\n',
+        "",
+        ACROSS_RUN,
+    ),
+    Mutation(
+        "a balance loss by one process's load",
+        "train/loop.py",
+        "loads = known or world.summed(loads_of(output.routing))",
+        "loads = known or loads_of(output.routing)",
+        ACROSS_RUN,
+    ),
+    Mutation(
         "weights applied twice",
         "backends/grouped.py",
         "weights = None if weight_N is None else weight_N.to(y_ND.dtype)[order_N]",
@@ -166,8 +196,8 @@ MUTATIONS = (
     Mutation(
         "ignored targets are scored",
         "model/loss.py",
-        "            if not bool(scored.all()):",
-        "            if False:",
+        "    if not bool(scored_T.all()):",
+        "    if False:",
         LOSS,
     ),
     Mutation(
@@ -187,7 +217,7 @@ MUTATIONS = (
     Mutation(
         "moments are lost on resume",
         "train/state.py",
-        "    _restore_moments(folder, optimizer)\n    _restore_random",
+        "    _restore_moments(folder, optimizer, world)\n    _restore_random",
         "    _restore_random",
         STATE,
     ),
@@ -292,8 +322,8 @@ MUTATIONS = (
     Mutation(
         "packed weights pass no gradient on in silence",
         "moe/packed.py",
-        "    if torch.is_grad_enabled() and any(",
-        "    if False and any(",
+        "    return torch.is_grad_enabled() and (training or",
+        "    return False and (training or",
         PACKED,
     ),
     Mutation(
@@ -323,6 +353,27 @@ MUTATIONS = (
         "in sorted(order, reverse=True):",
         "in sorted(order):",
         CALIBRATE,
+    ),
+    Mutation(
+        "slices are not scaled",
+        "moe/upcycle.py",
+        "return cut.slices * _changed(",
+        "return _changed(",
+        UPCYCLE,
+    ),
+    Mutation(
+        "each matrix draws other columns anew",
+        "moe/upcycle.py",
+        '_generator(cut.seed, layer, expert, "columns")',
+        "_generator(cut.seed, layer, expert, name)",
+        UPCYCLE,
+    ),
+    Mutation(
+        "a broken promise is kept silent",
+        "train/upcycle.py",
+        "    if exact is not None and exact > allowed:",
+        "    if False:",
+        "tests/train/test_upcycle.py",
     ),
     Mutation(
         "any expert numbers are believed",

@@ -58,10 +58,12 @@ class Load:
         port: Of the server.
         name: Of its model.
         clients: How many threads.
+        rate_per_s: Requests of all of them together at most (0: each asks again at once).
     """
 
-    def __init__(self, port: int, name: str, clients: int) -> None:
+    def __init__(self, port: int, name: str, clients: int, rate_per_s: float = 0) -> None:
         self.port, self.name = port, name
+        self.pause_s = clients / rate_per_s if rate_per_s else 0.0
         self.statuses: dict[int, int] = {}
         self.wrong: list[str] = []
         self._over, self._lock = threading.Event(), threading.Lock()
@@ -81,7 +83,7 @@ class Load:
 
     def _work(self, number: int) -> None:
         chance = random.Random(number)
-        while not self._over.is_set():
+        while not self._over.wait(2 * chance.random() * self.pause_s):
             try:
                 self._ask(chance)
             except (OSError, http.client.HTTPException, ValueError) as error:
@@ -139,6 +141,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--warm-up-minutes", type=float, default=5)
     parser.add_argument("--clients", type=int, default=8)
+    parser.add_argument("--rate", type=float, default=0, help="requests a second at most; 0: as many as go")
     parser.add_argument("--model", default="", help="a model to serve; none makes a tiny one")
     options = parser.parse_args()
     warm_s, whole_s = 60 * options.warm_up_minutes, 60 * (options.warm_up_minutes + options.minutes)
@@ -152,7 +155,7 @@ def main() -> int:
             assert server.stderr is not None
             port = re.search(r":(\d+)/v1", server.stderr.readline())
             assert port is not None, "the server does not listen"
-            load = Load(int(port[1]), NAME, options.clients)
+            load = Load(int(port[1]), NAME, options.clients, options.rate)
             samples: list[tuple[float, float]] = []
             begun_s = time.monotonic()
             load.start()

@@ -14,6 +14,7 @@ writes there the next chunk overwrites, and the last chunk's reach is spare room
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -31,17 +32,27 @@ from moiety.backends.matmul import (
 from moiety.backends.weights import (
     CLAMPED,
     ExpertWeights,
+    Shaped,
     activation,
     clamped_swiglu,
     clamped_swiglu_backward,
 )
 from moiety.routing import Routing
 
-__all__ = ["combine", "expert_mlp", "grouped_linear"]
+__all__ = [
+    "Plan",
+    "activation_backward",
+    "activation_forward",
+    "combine",
+    "expert_mlp",
+    "grouped_linear",
+    "sum_pairs",
+]
 
 CHUNK_BYTES = 8 << 20  # temporaries of one chunk, about what the last-level cache of two cores holds
 OWN_CHUNK_ROWS = 256  # an expert with this many rows fills the cores by itself
 SMALLEST_REACH = 64  # rows from which a chunk of one expert is rounded up
+FEWEST_STEP = 8  # of rows of experts that multiply alone
 OWN_CHUNK_ROWS_ONEDNN = 32  # where float32 products go to oneDNN, which has no grouped form
 
 
@@ -55,9 +66,9 @@ class Chunk(NamedTuple):
     reach: int
 
 
-def _whole(x: Tensor, weight_EFD: Tensor) -> bool:
+def _whole(x: Tensor, shape: Sequence[int]) -> bool:
     """On a GPU with aligned rows all experts are one chunk."""
-    return x.is_cuda and _groupable(x.dtype, weight_EFD.shape[1], weight_EFD.shape[2])
+    return x.is_cuda and _groupable(x.dtype, shape[1], shape[2])
 
 
 def _groupable(dtype: torch.dtype, *widths: int) -> bool:
@@ -67,11 +78,13 @@ def _groupable(dtype: torch.dtype, *widths: int) -> bool:
     )
 
 
-def _chunks(slices: list[tuple[int, int, int]], dtype: torch.dtype, widths: tuple[int, ...]) -> list[Chunk]:
+def _chunks(
+    slices: list[tuple[int, int, int]], dtype: torch.dtype, widths: tuple[int, ...], alone: bool
+) -> list[Chunk]:
     """Cut the experts into chunks; an expert without rows only ever sits inside a chunk."""
     most_rows = max(CHUNK_BYTES // (sum(widths) * dtype.itemsize), 1)
     own = OWN_CHUNK_ROWS_ONEDNN if dtype == torch.float32 and prefers_onednn() else OWN_CHUNK_ROWS
-    groupable = _groupable(dtype, *widths)
+    groupable = not alone and _groupable(dtype, *widths)
     chunks: list[Chunk] = []
     for expert, start, stop in slices:
         last = chunks[-1] if chunks else None
@@ -85,15 +98,21 @@ def _chunks(slices: list[tuple[int, int, int]], dtype: torch.dtype, widths: tupl
         if joins and last is not None:
             chunks[-1] = Chunk(last.expert, expert + 1, last.row, stop, stop)
         else:
-            chunks.append(Chunk(expert, expert + 1, start, stop, start + _few_counts(stop - start)))
+            chunks.append(Chunk(expert, expert + 1, start, stop, start + _few_counts(stop - start, alone)))
     return chunks
 
 
-def _few_counts(rows: int) -> int:
-    """`rows` or up to 1/16 more, so that an octave has 16 different counts; small ones stay as they are."""
-    if rows < SMALLEST_REACH:
+def _few_counts(rows: int, alone: bool) -> int:
+    """`rows` or up to 1/16 more, so that an octave has 16 different counts; small ones stay as they are.
+
+    Where experts multiply alone, whatever their rows, and an adapter's factors besides, up to 1/8 or 7 more.
+    """
+    if alone:
+        step = max(1 << max(rows.bit_length() - 4, 0), FEWEST_STEP)
+    elif rows < SMALLEST_REACH:
         return rows
-    step = 1 << (rows.bit_length() - 5)
+    else:
+        step = 1 << (rows.bit_length() - 5)
     return -(-rows // step) * step
 
 
@@ -121,21 +140,29 @@ class _Rows:
         return F.grouped_mm(grad_NF, weight_EFD[self.experts], offs=self.ends)
 
 
-class _Plan:
-    """How one call is cut: chunks, and how pairs are summed back into tokens."""
+class Plan:
+    """How one call is cut: chunks, and how pairs are summed back into tokens.
 
-    def __init__(self, x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> None:
+    Args:
+        x_TD: Tokens.
+        routing: Who goes where.
+        weights: Of the experts' shapes.
+        alone: Every expert is a chunk of its own.
+    """
+
+    def __init__(self, x_TD: Tensor, routing: Routing, weights: Shaped, *, alone: bool = False) -> None:
         self.tokens, self.pairs = routing.tokens, routing.pairs
         self.ends_E = routing.ends_E
         self.routing = routing
-        self.whole = _whole(x_TD, weights.up)
+        self.whole = not alone and _whole(x_TD, weights.up.shape)
         if self.whole:
             self.slices: list[tuple[int, int, int]] = []
             everything = Chunk(0, routing.experts, 0, routing.pairs, routing.pairs)
             self.chunks = [everything] if routing.pairs else []
         else:
             self.slices = routing.slices
-            self.chunks = _chunks(self.slices, x_TD.dtype, (weights.up.shape[1], *weights.down.shape[1:]))
+            widths = (weights.up.shape[1], *weights.down.shape[1:])
+            self.chunks = _chunks(self.slices, x_TD.dtype, widths, alone)
             if len(self.chunks) == 1:  # its count hardly varies, and the product is kept as it is
                 self.chunks = [self.chunks[0]._replace(reach=self.chunks[0].row_stop)]
         self.rows = max((chunk.reach for chunk in self.chunks), default=0)  # with the spare room at the end
@@ -194,7 +221,7 @@ class _ExpertMLP(torch.autograd.Function):
         routing: Routing,
         weights: ExpertWeights,
     ) -> Tensor:
-        plan = _Plan(x_TD, routing, weights)
+        plan = Plan(x_TD, routing, weights)
         single = len(plan.chunks) == 1  # then the products themselves are the whole
         pre_NF = x_TD.new_empty(0 if single else plan.pairs, up.shape[1])
         y_ND = x_TD.new_empty(0 if single else plan.rows, down.shape[1])
@@ -208,7 +235,7 @@ class _ExpertMLP(torch.autograd.Function):
             pre = multiply.forward(x_ND, up, pre_NF[rows] if direct else None)
             if up_bias is not None and expert_N is not None:
                 pre += up_bias.index_select(0, expert_N[rows])
-            hidden = _activation_forward(weights, pre)
+            hidden = activation_forward(weights, pre)
             y = multiply.forward(hidden, down, None if single else y_ND[rows])
             if down_bias is not None and expert_N is not None:
                 y += down_bias.index_select(0, expert_N[rows])
@@ -218,14 +245,14 @@ class _ExpertMLP(torch.autograd.Function):
                 pre_NF[chunk.row : chunk.row_stop] = pre[: chunk.row_stop - chunk.row]
         ctx.save_for_backward(x_TD, weight_N, up, down, pre_NF, up_bias, down_bias)
         ctx.plan, ctx.weights, ctx.expert_N = plan, weights, expert_N
-        return _sum_pairs(y_ND, weight_N, routing)
+        return sum_pairs(y_ND, weight_N, routing)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
         x_TD, weight_N, up, down, pre_NF, up_bias, down_bias = ctx.saved_tensors
         need_x, need_weight, need_up, need_down, need_up_bias, need_down_bias, _, _ = ctx.needs_input_grad
-        plan: _Plan = ctx.plan
+        plan: Plan = ctx.plan
         grad_TD = grad_TD.contiguous()
         padded_N = F.pad(weight_N, (0, plan.rows - plan.pairs))
         grad_weight_N = torch.empty_like(padded_N)
@@ -242,7 +269,7 @@ class _ExpertMLP(torch.autograd.Function):
             pre = F.pad(pre_NF[rows], (0, 0, 0, max(chunk.reach - plan.pairs, 0)))
             grad_y = grad_TD.index_select(0, token)
             grad_hidden = multiply.backward(grad_y, down)
-            hidden, grad_pre = _activation_backward(ctx.weights, pre, grad_hidden, weight)
+            hidden, grad_pre = activation_backward(ctx.weights, pre, grad_hidden, weight)
             grad_weight_N[rows] = (hidden * grad_hidden).sum(
                 -1, dtype=torch.promote_types(x_TD.dtype, torch.float32)
             )
@@ -261,12 +288,12 @@ class _ExpertMLP(torch.autograd.Function):
                 grad_x_ND = multiply.backward(grad_pre, up)
             elif grad_x_ND is not None:
                 grad_x_ND[rows] = multiply.backward(grad_pre, up)
-        grad_x = _sum_pairs(grad_x_ND, None, plan.routing) if grad_x_ND is not None else None
+        grad_x = sum_pairs(grad_x_ND, None, plan.routing) if grad_x_ND is not None else None
         grad_weight = grad_weight_N[: plan.pairs] if need_weight else None
         return grad_x, grad_weight, grad_up, grad_down, grad_up_bias, grad_down_bias, None, None
 
 
-def _sum_pairs(y_ND: Tensor, weight_N: Tensor | None, routing: Routing) -> Tensor:
+def sum_pairs(y_ND: Tensor, weight_N: Tensor | None, routing: Routing) -> Tensor:
     """y[token] = sum of weight * row, in ascending expert order; rows past the pairs are not looked at. No gradient."""
     if routing.pairs == 0:
         return y_ND.new_zeros(routing.tokens, y_ND.shape[1])
@@ -277,10 +304,10 @@ def _sum_pairs(y_ND: Tensor, weight_N: Tensor | None, routing: Routing) -> Tenso
 
 def combine(y_ND: Tensor, routing: Routing) -> Tensor:
     """Add up what the experts of each token made of it, (N, D) to (T, D). No gradient."""
-    return _sum_pairs(y_ND, routing.weight_N, routing)
+    return sum_pairs(y_ND, routing.weight_N, routing)
 
 
-def _activation_forward(weights: ExpertWeights, pre: Tensor) -> Tensor:
+def activation_forward(weights: Shaped, pre: Tensor) -> Tensor:
     """The hidden rows of a pre-activation."""
     if weights.activation == CLAMPED:
         return clamped_swiglu(pre[:, : weights.d_ff], pre[:, weights.d_ff :], weights.activation_limit)
@@ -290,8 +317,8 @@ def _activation_forward(weights: ExpertWeights, pre: Tensor) -> Tensor:
     return act.forward(pre)
 
 
-def _activation_backward(
-    weights: ExpertWeights, pre: Tensor, grad_hidden: Tensor, weight: Tensor
+def activation_backward(
+    weights: Shaped, pre: Tensor, grad_hidden: Tensor, weight: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The hidden rows again, and the gradient of the pre-activation (`grad_hidden` is still unweighted)."""
     grad_pre = torch.empty_like(pre)

@@ -43,6 +43,8 @@ def prefers_onednn() -> bool:
 
 
 def _onednn(x_ND: Tensor, weight_FD: Tensor, bias_F: Tensor | None = None) -> Tensor:
+    if not (weight_FD.is_contiguous() or weight_FD.t().is_contiguous()):
+        weight_FD = weight_FD.contiguous()  # for rows or columns cut out of more it has only loops
     y_NF: Tensor = torch.ops.mkldnn._linear_pointwise(x_ND, weight_FD, bias_F, "none", [], "")
     return y_NF
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,8 @@ __all__ = [
     "CLAMPED",
     "Activation",
     "ExpertWeights",
+    "Matrices",
+    "Shaped",
     "activation",
     "check_activation",
     "clamped_swiglu",
@@ -53,6 +55,53 @@ class ExpertWeights:
     def d_ff(self) -> int:
         """Inner width F of one expert."""
         return self.down.shape[2]
+
+
+class Matrices(Protocol):
+    """One matrix for each expert, (E, F, D): a tensor, or what makes one of them at a time."""
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """(E, F, D)."""
+        ...
+
+    def __getitem__(self, expert: int) -> Tensor:
+        """One matrix, (F, D)."""
+        ...
+
+
+class Shaped(Protocol):
+    """Experts as those see them who do not multiply with them: shapes, and the activation."""
+
+    @property
+    def up(self) -> Matrices:
+        """(E, 2F, D) or (E, F, D)."""
+        ...
+
+    @property
+    def down(self) -> Matrices:
+        """(E, D, F)."""
+        ...
+
+    @property
+    def d_ff(self) -> int:
+        """F."""
+        ...
+
+    @property
+    def activation(self) -> str:
+        """Its name."""
+        ...
+
+    @property
+    def gated(self) -> bool:
+        """Whether up has gate rows first."""
+        ...
+
+    @property
+    def activation_limit(self) -> float:
+        """Of `CLAMPED`."""
+        ...
 
 
 class Activation(NamedTuple):

@@ -17,7 +17,10 @@ __all__ = ["COMMANDS", "main", "version"]
 COMMANDS = {
     "demo": "train a small MoE and its dense twin on real text, compare them, open the report",
     "train": "train a model on your text, or resume a run",
+    "finetune": "train a model further on chats, pairs of answers or texts",
     "compare": "train an MoE against its dense twin, or router against router, over several seeds",
+    "upcycle": "make a Mixture-of-Experts of a dense model, with proof of what the method keeps",
+    "dense": "make one dense model of a Mixture-of-Experts, its experts averaged",
     "eval": "score a model on held-out text, also in fewer bits, or on public tasks",
     "generate": "continue a prompt with a trained model",
     "chat": "talk to a model, line by line",
@@ -31,6 +34,7 @@ COMMANDS = {
     "models": "list the well-known models: exact counts, and what was said about closed ones",
     "convert": "write a model in another format: the layout of transformers, or GGUF",
     "quantize": "pack a model's weights in fewer bits, with a receipt",
+    "adapter": "show what a LoRA adapter adds, check that it acts, or merge it",
     "prune": "drop the experts that matter least, with what that costs",
     "merge": "merge experts that are alike, with what that costs",
     "bench": "measure how fast a model is, against this machine's limits",

@@ -10,7 +10,12 @@ from cyclopts import Parameter
 from moiety.cli.output import command, talk
 from moiety.cli.own import import_own_routers
 from moiety.errors import UsageError
-from moiety.infer.options import EngineOptions, RecordOptions, SamplingOptions, StreamOptions
+from moiety.infer.options import (
+    EngineOptions,
+    RecordOptions,
+    SamplingOptions,
+    StreamOptions,
+)
 from moiety.serve.client import RemoteConversation, RemoteOptions, reach
 
 if TYPE_CHECKING:
@@ -36,6 +41,7 @@ def chat(
     engine: Annotated[EngineOptions, Parameter(name="*")] = EngineOptions(),
     stream: Annotated[StreamOptions, Parameter(name="*")] = StreamOptions(),
     record: Annotated[RecordOptions, Parameter(name="*")] = RecordOptions(),
+    adapter: Annotated[str, Parameter(help="folder of an adapter to put on the model")] = "",
     plain: Annotated[
         bool, Parameter(negative="", help="one token after the other, without the engine")
     ] = False,
@@ -48,8 +54,8 @@ def chat(
     path
         A checkpoint or run folder, a .gguf file, or owner/name on the hub; none with --url.
     """
-    here = (path, backend, experts_per_token, engine, stream, record, plain, router)
-    none = ("", "auto", 0, EngineOptions(), StreamOptions(), RecordOptions(), False, "")
+    here = (path, backend, experts_per_token, engine, stream, record, plain, router, adapter)
+    none = ("", "auto", 0, EngineOptions(), StreamOptions(), RecordOptions(), False, "", "")
     if bool(path) == bool(remote.url) or (remote.url and here != none):
         raise UsageError(
             "one of a path and --url is wanted, and a server has options of its own",
@@ -67,8 +73,10 @@ def chat(
     from moiety.infer.recording import recording
 
     import_own_routers(router)
-    say, loading = talk().print, {"backend": backend, "experts_per_token": experts_per_token}
-    opened = open_model(path, stream=stream, engine=engine, say=say, **loading)  # type: ignore[arg-type]
+    say = talk().print
+    loading: dict[str, Any] = {"backend": backend, "experts_per_token": experts_per_token}
+    loading["adapters"] = [adapter] if adapter else []
+    opened = open_model(path, stream=stream, engine=engine, say=say, **loading)
     with recording(opened.model, record, name=path, source="moiety chat", say=say) as recorder:
         _talk(Conversation(opened, plain=plain, options=engine, recorder=recorder, **how))
     store = store_of(opened.model)

@@ -41,6 +41,7 @@ def evaluate(
     engine: Annotated[EngineOptions, Parameter(name="*")] = EngineOptions(),
     stream: Annotated[StreamOptions, Parameter(name="*")] = StreamOptions(),
     record: Annotated[RecordOptions, Parameter(name="*")] = RecordOptions(),
+    adapter: Annotated[str, Parameter(help="folder of an adapter to put on the model")] = "",
     router: Annotated[str, Parameter(help="import this module:Class, which the model's config names")] = "",
     json: Annotated[bool, Parameter(negative="", help="print the result as JSON")] = False,
 ) -> int:
@@ -65,13 +66,13 @@ def evaluate(
         )
     import_own_routers(router)
     if tasks:
-        return _tasks(path, _words(tasks), task, engine, stream, json=json)
+        return _tasks(path, _words(tasks), task, engine, stream, adapter, json=json)
     from moiety.cli.perplexity import print_rows, rows_of
 
-    rows, kept = [], record
+    rows, kept, mine = [], record, adapter
     for place in (path, *_words(against)):
-        rows += rows_of(place, texts, text, _words(formats), _words(experts_per_token), stream, kept)
-        kept = RecordOptions()
+        rows += rows_of(place, texts, text, _words(formats), _words(experts_per_token), stream, kept, mine)
+        kept, mine = RecordOptions(), ""
     if json:
         print_json(rows)
     else:
@@ -89,6 +90,7 @@ def _tasks(
     task: TaskOptions,
     engine: EngineOptions,
     stream: StreamOptions,
+    adapter: str,
     *,
     json: bool,
 ) -> int:
@@ -101,7 +103,8 @@ def _tasks(
     from moiety.infer.offload import store_of
     from moiety.infer.open import open_model
 
-    opened = open_model(path, stream=stream, engine=engine, say=talk().print)
+    adapters = [adapter] if adapter else []
+    opened = open_model(path, stream=stream, engine=engine, say=talk().print, adapters=adapters)
     found = run_tasks(opened, names, task, engine, talk().print)
     store = store_of(opened.model)
     if store is not None:

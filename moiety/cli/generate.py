@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -47,14 +49,15 @@ def generate(
     engine: Annotated[EngineOptions, Parameter(name="*")] = EngineOptions(),
     stream: Annotated[StreamOptions, Parameter(name="*")] = StreamOptions(),
     record: Annotated[RecordOptions, Parameter(name="*")] = RecordOptions(),
-    plain: Annotated[
-        bool, Parameter(negative="", help="one token after the other, without the engine")
-    ] = False,
+    plain: Annotated[bool, Parameter(negative="", help="token after token, without the engine")] = False,
+    adapter: Annotated[str, Parameter(help="folder of an adapter to put on the model")] = "",
     plan: Annotated[bool, Parameter(negative="", help="say what was planned beside it")] = False,
     router: Annotated[str, Parameter(help="import this module:Class, which the model's config names")] = "",
     json: Annotated[bool, Parameter(negative="", help="print JSON")] = False,
 ) -> int:
     """Print the continuation as it is drawn; of several, each when all are done.
+
+    Under torchrun the processes share the experts of a plain model among them.
 
     Parameters
     ----------
@@ -63,35 +66,61 @@ def generate(
     prompts
         The texts to continue; none starts from nothing.
     """
-    from moiety.infer.open import open_model
     from moiety.infer.recording import recording
 
     asked = [prompt for prompt in prompts or ("",) for _ in range(n)]
     _check(n, len(asked), plain=plain, by_engine=bool(stop) or engine != EngineOptions())
     judged.begin(plan, allowed=len(asked) == 1 and not plain)
-    bias = biases_named(logit_bias)
-    request = RequestOptions(sampling=sampling, max_tokens=max_tokens, stop=stop, logit_bias=bias)
+    request = RequestOptions(
+        sampling=sampling, max_tokens=max_tokens, stop=stop, logit_bias=biases_named(logit_bias)
+    )
     import_own_routers(router)
-    say, loading = talk().print, {"stream": stream, "engine": engine, "experts_per_token": experts_per_token}
-    opened = open_model(path, backend=backend, say=say, **loading)  # type: ignore[arg-type]
-    with recording(opened.model, record, name=path, source="moiety generate", say=say) as recorder:
-        watch = judged.Watch(opened.model)
+    with contextlib.ExitStack() as stack:
+        unable = {"plan": plan, "record": record.record, "memory": stream.memory, "draft": engine.draft}
+        loading: dict[str, Any] = {"stream": stream, "engine": engine, "experts_per_token": experts_per_token}
+        loading |= {"adapters": [adapter] if adapter else [], "backend": backend}
+        leads, opened = _open(stack, unable, path, loading)
+        say = talk(quiet=not leads).print
+        kept = recording(opened.model, record, name=path, source="moiety generate", say=say)
+        recorder, watch = stack.enter_context(kept), judged.Watch(opened.model)
         if len(asked) == 1:
             how = (opened, asked[0], request, recorder)
-            pieces = _plain(*how) if plain else _streamed(*how, engine)
-            answers = [_shown(asked[0], pieces, silent=json, watch=watch)]
+            silent, pieces = json or not leads, _plain(*how) if plain else _streamed(*how, engine)
+            answers = [_shown(asked[0], pieces, silent=silent, watch=watch)]
         else:
             answers = _several(opened, asked, n, request, engine, recorder)
         seconds = time.perf_counter() - watch.begun
+    if leads:
+        say(_tell(answers, seconds, json=json) + _streaming(opened))
+    if plan:
+        judged.judge_answer(opened, len(opened.tokenizer.encode_prompt(asked[0])), watch, engine.kv_dtype)
+    return 0
+
+
+def _open(
+    stack: contextlib.ExitStack, unable: dict[str, object], path: str, loading: dict[str, Any]
+) -> tuple[bool, Opened]:
+    """Whether this process speaks, and the model: under torchrun all load it, in turn, and share its experts."""
+    from moiety.infer.open import open_model
+
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return True, open_model(path, say=talk().print, **loading)
+    from moiety.parallel.share import in_turn, joined
+
+    world = stack.enter_context(joined(unable))
+    say = talk(quiet=not world.leads).print
+    opened = in_turn(world, lambda: open_model(path, say=say, **loading), lambda one: one.model)
+    return world.leads, opened
+
+
+def _tell(answers: list[dict[str, Any]], seconds: float, *, json: bool) -> str:
+    """Print what was not printed as it was drawn; how fast it was."""
     drawn = sum(answer["tokens"] for answer in answers)
     if json:
         print_json(answers[0] | {"tokens_per_second": drawn / seconds} if len(answers) == 1 else answers)
     elif len(answers) > 1:
         print("\n".join(f"[{number}] {answer['text']}" for number, answer in enumerate(answers, start=1)))
-    say(f"{drawn} tokens, {drawn / seconds:.1f} tokens/s{_streaming(opened)}")
-    if plan:
-        judged.judge_answer(opened, len(opened.tokenizer.encode_prompt(asked[0])), watch, engine.kv_dtype)
-    return 0
+    return f"{drawn} tokens, {drawn / seconds:.1f} tokens/s"
 
 
 def _check(n: int, answers: int, *, plain: bool, by_engine: bool) -> None:

@@ -8,7 +8,8 @@ from cyclopts import Parameter
 
 from moiety.cli.operated import operated
 from moiety.cli.output import command
-from moiety.train.options import HeldOutOptions, SurgeryOptions
+from moiety.train.expert_options import SurgeryOptions
+from moiety.train.options import HeldOutOptions
 
 __all__ = ["app"]
 

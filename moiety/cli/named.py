@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from moiety import cost, registry, storage
-from moiety.config import Architecture
+from moiety.config import Architecture, ModelConfig
 from moiety.errors import ConfigError, FormatError
 
-__all__ = ["config_named", "why_so_many"]
+if TYPE_CHECKING:
+    from moiety.plan.weights import Stored
+
+__all__ = ["config_named", "stored_named", "why_so_many"]
 
 SWITCH = "switch_transformers"
 
@@ -77,3 +81,14 @@ def why_so_many(name: str, config: Architecture) -> str:
 
 def _billions(count: int) -> str:
     return f"{count / 1e9:.1f}B"
+
+
+def stored_named(name: str, config: Architecture) -> Stored | None:
+    """What a folder or a file holds, if it holds weights."""
+
+    from moiety.plan.weights import read_stored
+
+    path = Path(name)
+    there = path.suffix == ".gguf" and path.is_file()
+    there = there or (path.is_dir() and any(path.glob("*.safetensors")))
+    return read_stored(path, config) if there and isinstance(config, ModelConfig) else None

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from moiety.cli.output import print_json, talk
 from moiety.cli.own import import_own_routers
-from moiety.train.options import HeldOutOptions, SurgeryOptions
+from moiety.train.expert_options import SurgeryOptions
+from moiety.train.options import HeldOutOptions
 
 if TYPE_CHECKING:
     from moiety.moe.surgery import Kind

@@ -24,9 +24,9 @@ def command(name: str, help: str) -> App:
     return App(name=name, help=help, version_flags=[], suppress_keyboard_interrupt=False)
 
 
-def talk() -> Console:
+def talk(*, quiet: bool = False) -> Console:
     """The console for everything that is not a result; colour only on a terminal and never with NO_COLOR."""
-    return Console(stderr=True, highlight=False, markup=False)
+    return Console(stderr=True, highlight=False, markup=False, quiet=quiet)
 
 
 def print_json(value: Any) -> None:

@@ -12,6 +12,7 @@ from moiety.infer.offload import store_of
 from moiety.infer.open import open_model, set_experts_per_token
 from moiety.infer.options import RecordOptions, StreamOptions
 from moiety.infer.recording import recording
+from moiety.model.adapters import activate
 from moiety.model.transformer import Transformer
 from moiety.quant.quantize import policy_named, quantize
 from moiety.train.options import HeldOutOptions
@@ -20,7 +21,7 @@ from moiety.train.run import held_out
 
 __all__ = ["print_rows", "rows_of"]
 
-OWN, STREAMED = "as it is", "streamed"
+OWN, STREAMED, WITHOUT = "as it is", "streamed", "without adapter"
 
 
 def rows_of(
@@ -31,6 +32,7 @@ def rows_of(
     experts: Sequence[str],
     stream: StreamOptions,
     record: RecordOptions,
+    adapter: str = "",
 ) -> list[dict[str, Any]]:
     """A row for a model as it is, one for each format, one for each number of experts per token, and one streamed.
 
@@ -41,8 +43,16 @@ def rows_of(
         DataError: a text cannot be read or is too little.
     """
     streamed = open_model(place, stream=stream, say=talk().print).model if stream.memory else None
-    opened = open_model(place)
+    if adapter and formats:
+        raise UsageError(
+            "a model with an adapter is not packed", hint="pack the model first: moiety quantize"
+        )
+    opened = open_model(place, adapters=[adapter] if adapter else [])
     models = _variants(opened.model, formats, experts)
+    if adapter:
+        shared = {id(part): part for part in (*opened.model.parameters(), *opened.model.buffers())}
+        models[WITHOUT] = copy.deepcopy(opened.model, shared)
+        activate(models[WITHOUT], "")
     sizes = {name: sum(one.nbytes for one in made.state_dict().values()) for name, made in models.items()}
     if streamed is not None:
         models[STREAMED], sizes[STREAMED] = streamed, sizes[OWN]

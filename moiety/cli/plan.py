@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from moiety.cli.output import command, print_json, talk
-from moiety.config import Architecture, ModelConfig
+from moiety.config import ModelConfig
 from moiety.errors import UsageError
 from moiety.plan.options import PlanOptions
 from moiety.plan.replay import ReplayOptions
@@ -58,19 +58,23 @@ def plan(
             hint="moiety plan mixtral-8x7b --memory 24GiB, or moiety plan --measure",
         )
     from moiety.cli import planned
-    from moiety.cli.named import config_named
+    from moiety.cli.named import config_named, stored_named
     from moiety.plan.plan import make_plan
 
     known = _known(wanted, profile)
     config = config_named(name)
     other = config_named(wanted.against) if wanted.against else None
-    stored = None if wanted.format else _stored(name, config)
+    stored = None if wanted.format else stored_named(name, config)
     found = make_plan(name, config, wanted, profile=known, stored=stored, other=other)
     if plot:
         from moiety.observe.plan_page import write_plan_page
 
         write_plan_page(Path(plot), found)
         talk().print(f"{plot} is written")
+    if wanted.ranks > 1 and isinstance(config, ModelConfig):
+        from moiety.cli import placed
+
+        return placed.after(found, config, stored, wanted, known, json=json)
     if json:
         print_json(found)
     else:
@@ -89,28 +93,20 @@ def _known(wanted: PlanOptions, profile: str) -> Any:
 def _replay(
     name: str, options: ReplayOptions, wanted: PlanOptions, profile: Any, *, json: bool, plot: str
 ) -> int:
-    """Of a model that is named, the sizes count instead of the trace's."""
-    from moiety.cli import replayed
-    from moiety.cli.named import config_named
+    """Of a model that is named, the sizes count instead of the trace's; over ranks, its experts are placed."""
+    from moiety.cli import placed, replayed
+    from moiety.cli.named import config_named, stored_named
     from moiety.plan.weights import stored_as
 
+    if wanted.ranks > 1:
+        return placed.run(name, options, wanted, profile, json=json, plot=plot)
     stored = None
     if name:
         config = config_named(name)
-        stored = None if wanted.format else _stored(name, config)
+        stored = None if wanted.format else stored_named(name, config)
         if stored is None and isinstance(config, ModelConfig):
             stored = stored_as(config, wanted.format or "int4-g32")
     return replayed.run(options, wanted, profile=profile, stored=stored, json=json, plot=plot)
-
-
-def _stored(name: str, config: Architecture) -> Any:
-    """What a folder or a file holds, if it holds weights."""
-    from moiety.plan.weights import read_stored
-
-    path = Path(name)
-    there = path.suffix == ".gguf" and path.is_file()
-    there = there or (path.is_dir() and any(path.glob("*.safetensors")))
-    return read_stored(path, config) if there and isinstance(config, ModelConfig) else None
 
 
 def _measure(place: Path, folder: Path, quick: bool, json: bool) -> int:

@@ -146,6 +146,7 @@ def _asked(found: Values, wanted: PlanOptions) -> None:
             f"{short_bytes(run['memory']['total'])} of memory ({run['devices_for_memory']} devices at least), "
             f"{'no price' if run['dollars'] is None else band(run['dollars']) + ' dollars'}"
         )
+        _steps(run)
     if "capacity" in found:
         one = found["capacity"]
         say(
@@ -157,7 +158,7 @@ def _asked(found: Values, wanted: PlanOptions) -> None:
         one = found["communication"]
         say(
             f"over {wanted.ranks} ranks: {short_bytes(one['bytes'])} sent for the prompt, "
-            f"{short_bytes(one['layer_bytes'])} a layer, {1e3 * one['seconds']:.3g} ms on the links"
+            f"{short_bytes(one['layer_bytes'])} a layer, {band(one['seconds'], 1e3)} ms on the links"
         )
     if "against" in found:
         one = found["against"]
@@ -165,6 +166,31 @@ def _asked(found: Values, wanted: PlanOptions) -> None:
             f"against {one['name']}: {one['flops_percent']:.1f} % of the FLOPs saved, "
             f"{one['read_percent']:.1f} % of the reading; {1 - one['memory_percent'] / 100:.2f} times its memory"
         )
+
+
+def _steps(run: Values) -> None:
+    """What a step takes; and where experts are spread over nodes, the same with them inside each node."""
+    parts = [
+        f"{name} {band(run[key])}"
+        for name, key in (
+            ("computing", "computing_seconds"),
+            ("all-to-alls", "exchange_seconds"),
+            ("gradients", "gradient_seconds"),
+        )
+        if key in run
+    ]
+    say(
+        f"a step of {short(run['step_tokens'])} tokens on {run['devices']} devices: {band(run['step_seconds'])} s "
+        f"({', '.join(parts)}), {short(run['steps'])} steps"
+    )
+    if "inside_nodes" in run:
+        other = run["inside_nodes"]
+        say(
+            f"with all experts in every node: {band(other['step_seconds'])} s a step, {band(other['days'])} days "
+            f"(all-to-alls {band(other['exchange_seconds'])}, gradients {band(other['gradient_seconds'])} s)"
+        )
+    elif "exchange_seconds" not in run and run["devices"] > 1:
+        say("what devices tell one another is left out: --ranks and --nodes say how experts are spread")
 
 
 def show_profile(profile: Profile) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -13,11 +13,10 @@ from rich.text import Text
 from moiety.cli.output import talk
 from moiety.infer.options import RecordOptions
 from moiety.infer.recording import recording
+from moiety.model.transformer import Transformer
 from moiety.train.compare import Contender
-from moiety.train.loop import StepRecord, Stop
-from moiety.train.loop import train as steps_of
-from moiety.train.run import Opened
-from moiety.train.state import read_state
+from moiety.train.evaluate import Evaluation
+from moiety.train.loop import StepRecord
 from moiety.train.track import open_trackers, values_of
 
 __all__ = ["TrainingDisplay", "train_shown"]
@@ -66,8 +65,7 @@ class TrainingDisplay:
 
     def show(self, contender: Contender, record: StepRecord) -> None:
         """Draw one step."""
-        tokens = contender.options.batch * contender.options.accumulate * contender.options.length
-        loss, speed = f"loss {record.loss:.3f}", f"{tokens / record.step_seconds:,.0f} tok/s"
+        loss, speed = f"loss {record.loss:.3f}", f"{record.tokens / record.step_seconds:,.0f} tok/s"
         router = ""
         if record.health:
             worst = max(health.max_vio for health in record.health.values())
@@ -83,36 +81,43 @@ class TrainingDisplay:
             self.console.print(Text(f"{contender.name}: {alarm.message}", style="bold red"))
             self.console.print(Text(f"  try: {alarm.advice}"))
         if record.evaluation is not None:
-            bits = record.evaluation.mean_bits_per_byte
-            self.console.print(Text(f"{contender.name}: step {step}, {bits:.3f} bits/byte on held-out text"))
+            self.console.print(Text(f"{contender.name}: step {step}, {_found(record.evaluation)}"))
         if not self.console.is_terminal and step % max(contender.options.steps // PLAIN_EVERY, 1) == 0:
             self.console.print(Text(f"{contender.name}: step {step}, {loss}, {speed} {router}".rstrip()))
 
 
 def train_shown(
-    opened: Opened, out: Path, stop: Stop, trackers: tuple[str, ...], record: RecordOptions
+    contender: Contender,
+    model: Transformer,
+    steps: Callable[..., Iterator[StepRecord]],
+    out: Path,
+    trackers: tuple[str, ...],
+    record: RecordOptions,
+    *,
+    domains: Sequence[str],
+    done: int,
+    leads: bool = True,
 ) -> StepRecord | None:
-    """All steps, shown and tracked; the last record, or None when there was nothing left to do."""
-    plan, text, checkpoint, _ = opened
-    contender = Contender(name=out.name, config=plan.model, options=plan.train)
-    done = 0 if checkpoint is None else read_state(checkpoint).step
-    open_now = open_trackers(trackers, out, after_step=done)
-    model, last = contender.build(), None
-    kept = recording(
-        model, record, name=str(out), source="moiety train", domains=text.data.domains, say=talk().print
-    )
+    """All steps, shown and tracked; the last record, or None when there was nothing left to do.
+
+    Args:
+        contender: Its name and options are shown.
+        model: What trains.
+        steps: `loop.train` with everything but a recorder.
+        out: The run's folder.
+        trackers: Where numbers go besides.
+        record: Whether and where the routing is recorded.
+        domains: Names of the data's domains.
+        done: Steps of the run that were done before.
+        leads: False in a process that neither writes nor speaks.
+    """
+    console = talk(quiet=not leads)
+    open_now = open_trackers(trackers, out, after_step=done) if leads else []
+    last = None
+    kept = recording(model, record, name=str(out), source="training", domains=domains, say=console.print)
     try:
-        with TrainingDisplay([contender], talk()) as display, kept as recorder:
-            for last in steps_of(
-                model,
-                text.data,
-                plan.train,
-                run_folder=out,
-                tokenizer=text.tokenizer,
-                resume=checkpoint,
-                stop=stop,
-                recorder=recorder,
-            ):
+        with TrainingDisplay([contender], console) as display, kept as recorder:
+            for last in steps(recorder=recorder):
                 display.show(contender, last)
                 for tracker in open_now:
                     tracker.log(last.state.step, values_of(last))
@@ -120,3 +125,15 @@ def train_shown(
         for tracker in open_now:
             tracker.close()
     return last
+
+
+def _found(evaluation: Evaluation) -> str:
+    """What an evaluation says, in a line."""
+    if not evaluation.losses:
+        return "nothing is held out to evaluate on"
+    if evaluation.preferred:
+        share = sum(evaluation.preferred.values()) / len(evaluation.preferred)
+        return (
+            f"preference loss {evaluation.mean_loss:.3f}, {share:.0%} of held-out pairs the right way round"
+        )
+    return f"{evaluation.mean_bits_per_byte:.3f} bits/byte, {evaluation.mean_loss:.3f} nats a token on held-out text"

@@ -15,7 +15,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 import torch
@@ -226,6 +226,7 @@ class Engine:
         recorder: Takes the routing of every step.
 
     Attributes:
+        runner: Who has the model.
         store: Where experts come from that are not in memory; None where all are.
         paces: How long steps took, apart by what they did.
         computed_tokens: That went through the model so far.
@@ -252,7 +253,8 @@ class Engine:
         count, self.max_positions = page_count(model.config, options, dtype, automatic_bytes)
         self._tokenizer, self._vocabulary = tokenizer, model.config.vocab_size
         self._ends = ends if ends is not None else frozenset({tokenizer.end_id} if tokenizer else ())
-        self._runner = Runner(model, count, options.page_tokens, dtype, recorder)
+        self.runner = Runner(model, count, options.page_tokens, dtype, recorder)
+        self.adapters = self.runner.adapters
         self._drafter = Drafter(model.config, options.draft) if options.draft else None
         self._scheduler = Scheduler(
             Pages(count, options.page_tokens, prefix_cache=options.prefix_cache),
@@ -302,6 +304,7 @@ class Engine:
             BusyError: too many requests wait.
         """
         tokens = self._checked(prompt, options := options or RequestOptions())
+        options = replace(options, adapter=self.runner.adapter(options.adapter))
         words = None if self._tokenizer is None else TextStream(self._tokenizer, shown)
         text = None if words is None else AnswerText(words, options.stop)
         with self._inbox:
@@ -328,9 +331,7 @@ class Engine:
         """The prompt's tokens, if it and the options fit the model."""
         if isinstance(prompt, str):
             if self._tokenizer is None:
-                raise UsageError(
-                    "the prompt is text and the engine has no tokenizer", hint="give it one, or tokens"
-                )
+                raise UsageError("a prompt as text needs a tokenizer", hint="give the engine one, or tokens")
             prompt = self._tokenizer.encode_prompt(prompt)
         if options.stop and self._tokenizer is None:
             raise UsageError("stop texts need a tokenizer", hint="give the engine one, or use stop_ids")
@@ -480,17 +481,17 @@ class Engine:
             accepted_tokens=self._accepted,
             drafting="off: not asked for" if self._drafter is None else self._drafter.reason,
             tokens_per_s=sum(tokens for _, tokens in recent) / busy_s if busy_s else 0.0,
-            imbalance=imbalance(list(self._runner.counts.values())),
+            imbalance=imbalance(list(self.runner.counts.values())),
             experts=None if self.store is None else self.store.statistics(),
         )
 
     def expert_counts(self) -> Mapping[int, Tensor]:
         """Pairs of each expert in the last step, (E,), by layer; none in a dense model."""
-        return self._runner.counts
+        return self.runner.counts
 
     def expert_totals(self) -> Mapping[int, Tensor]:
         """The same in all steps so far."""
-        return dict(self._runner.totals)
+        return dict(self.runner.totals)
 
     def check(self) -> None:
         """Assert that no page leaked and nobody was overtaken; for tests."""
@@ -504,8 +505,7 @@ class Engine:
             cancelled, self._cancelled = self._cancelled, []
         self._scheduler.waiting.extend(coming)
         for number in cancelled:
-            handle = self._live.get(number)
-            if handle is not None:
+            if (handle := self._live.get(number)) is not None:
                 self._end(handle.request, "cancelled")
 
     def _step(self) -> None:
@@ -518,7 +518,7 @@ class Engine:
         before = None if self.store is None else self.store.statistics()
         drew = self.paces.is_drawing(slices)
         try:
-            outcomes = self._runner.run(slices)
+            outcomes = self.runner.run(slices)
         except MoietyError as error:
             self._fail(slices, str(error))
             return

@@ -21,12 +21,13 @@ from pathlib import Path
 from typing import NamedTuple, final
 
 import torch
+import xxhash
 from torch import Tensor, nn
 
 from moiety.backends.cpu_memory import huge_slab
 from moiety.errors import FormatError, MoietyError, StorageError
 from moiety.formats.tiles import EXPERT_MULTIPLE
-from moiety.model.expert_file import ExpertFile, ExpertStack, check_expert
+from moiety.model.expert_file import ExpertFile, ExpertStack, compare_checksum
 from moiety.moe.streamed import StreamedExperts
 from moiety.residency import Key, Residency
 
@@ -132,6 +133,10 @@ class _Load:
             (at, min(step, piece.size_bytes - at)) for at in range(0, piece.size_bytes, step)
         )  # first byte and number of bytes of what nobody reads yet
         self.left = len(self.parts)
+        self.digest, self.digested_bytes, self.is_digesting = xxhash.xxh3_64(), 0, False
+        self.arrived: dict[
+            int, int
+        ] = {}  # first byte and number of bytes of what is read and not yet in the digest
 
 
 @final
@@ -226,14 +231,10 @@ class _Reader:
                 self.read_bytes += size
                 load.error = load.error or error
                 load.left -= 1
-                is_whole = load.left == 0
+                load.arrived[at] = size
                 if not self._wanted_parts and self._guesses:
                     self.changed.notify_all()
-            if is_whole:
-                error = load.error or self._check(load)
-                with self.changed:
-                    load.error, load.is_done = error, True
-                    self.changed.notify_all()
+            self._digest(load)
 
     def _read(self, load: _Load, at: int, size: int) -> MoietyError | None:
         """Read one part; what went wrong, in words that name the expert."""
@@ -257,10 +258,29 @@ class _Reader:
             )
         return None
 
-    def _check(self, load: _Load) -> MoietyError | None:
-        first, (stack, place) = load.slot * self._slot_bytes, load.piece
+    def _digest(self, load: _Load) -> None:
+        """Bring a checksum up to what has arrived in order, one thread at a time; after the last part compare it.
+
+        So most of it is done while the disk is at the parts that follow.
+        """
+        while True:
+            with self.changed:
+                size = 0 if load.is_digesting or load.error else load.arrived.pop(load.digested_bytes, 0)
+                if not size:
+                    if load.left == 0 and not load.is_digesting and not load.is_done:
+                        load.error, load.is_done = load.error or self._compared(load), True
+                        self.changed.notify_all()
+                    return
+                load.is_digesting = True
+            first = load.slot * self._slot_bytes + load.digested_bytes
+            load.digest.update(self._memory[first : first + size])
+            with self.changed:
+                load.digested_bytes += size
+                load.is_digesting = False
+
+    def _compared(self, load: _Load) -> MoietyError | None:
         try:
-            check_expert(self.path, stack, place, self._memory[first : first + stack.expert_bytes])
+            compare_checksum(self.path, *load.piece, load.digest.intdigest())
         except FormatError as error:
             return error
         return None

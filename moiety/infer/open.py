@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,10 +10,12 @@ from moiety.errors import ConfigError, UsageError
 from moiety.fields import size_bytes
 from moiety.infer.hosting import load_on_device
 from moiety.infer.offload import silent
-from moiety.infer.options import EngineOptions, StreamOptions
+from moiety.infer.options import EngineOptions, StreamOptions, adapters_named
 from moiety.infer.streaming import load_streamed
 from moiety.model import checkpoint, hub
 from moiety.model import load as any_model
+from moiety.model.adapter_files import family_at, load_adapter
+from moiety.model.adapters import activate
 from moiety.model.convert import end_tokens, read_tokenizer
 from moiety.model.switch import SwitchTransformer
 from moiety.model.tokenizer import Tokenizer
@@ -121,6 +123,7 @@ def open_model(
     stream: StreamOptions | None = None,
     engine: EngineOptions | None = None,
     say: Callable[[str], None] = silent,
+    adapters: Sequence[str] = (),
 ) -> Opened:
     """Load a model and the tokenizer beside it, ready to generate.
 
@@ -131,6 +134,7 @@ def open_model(
         stream: With its `memory`, the model is loaded within so much.
         engine: What the engine will be given, whose memory is counted.
         say: Told how the memory is divided.
+        adapters: Folders of adapters, or name=folder; a single one acts on everything, of several none unasked.
 
     Raises:
         BudgetError: the model cannot be run within so little memory.
@@ -145,5 +149,9 @@ def open_model(
         model = load_streamed(folder, stream, engine=engine, backend=backend, say=say)
     if experts_per_token:
         set_experts_per_token(model, experts_per_token)
+    for name, place in adapters_named(adapters).items():
+        load_adapter(model, place, name, family=family_at(folder))
+    if len(adapters) > 1:
+        activate(model, "")
     tokenizer = read_tokenizer(folder)
     return Opened(model.eval(), tokenizer, folder, frozenset({tokenizer.end_id, *end_tokens(folder)}))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
@@ -19,6 +19,7 @@ __all__ = [
     "SamplingOptions",
     "StreamOptions",
     "TaskOptions",
+    "adapters_named",
     "biases_named",
 ]
 
@@ -80,6 +81,7 @@ class RequestOptions:
     scored_from: int = option(1, help="the first token of the prompt that prompt_logprobs is about")
     record_routing: bool = option(False, help="keep which experts every token went to")
     salt: str = option("", help="work on a prompt's start is shared only among requests of the same salt")
+    adapter: str = option("", help="which of the model's adapters answers; empty is the active one, if any")
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -226,6 +228,21 @@ class TaskOptions:
         check_types(self)
         require(self.limit >= 0, f"limit is {self.limit}; it must not be negative")
         require(self.fewshot >= -1, f"fewshot is {self.fewshot}; allowed is -1 and more")
+
+
+def adapters_named(texts: Sequence[str]) -> dict[str, str]:
+    """Folders of adapters by name, from texts like name=folder; one without a name is called default.
+
+    Raises:
+        ConfigError: a name twice.
+    """
+    found: dict[str, str] = {}
+    for text in texts:
+        name, mark, place = text.partition("=")
+        name, place = (name, place) if mark and "/" not in name else ("default", text)
+        require(name not in found, f"there are two adapters {name!r}", "write name=folder")
+        found[name] = place
+    return found
 
 
 def biases_named(text: str) -> dict[int, float]:

@@ -83,7 +83,7 @@ class Request:
         self.most = min(options.max_tokens, longest - len(prompt) + 1)
         self.tokens = list(prompt)
         self.computed = 0  # tokens whose keys and values are in `table`
-        self.table = Table(options.salt)
+        self.table = Table(f"{options.adapter}/{options.salt}")  # names of adapters have no stroke
         self.state = State.WAITING
         self.reason: Reason | None = None
         self.error = ""

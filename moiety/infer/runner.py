@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, final
 
 import torch
 from torch import Tensor
 
-from moiety.errors import MoietyError
+from moiety.errors import MoietyError, UsageError
 from moiety.infer.request import Drawn
 from moiety.infer.routed import RoutedExperts
 from moiety.infer.sampling import Draw, best, not_finite, sample
 from moiety.infer.scheduler import Slice
+from moiety.model.adapters import active, names
 from moiety.model.paged import PagedStep, PagePool
 from moiety.model.transformer import ModelOutput, Transformer
 from moiety.observe.record import Recorder, Span
@@ -42,6 +43,9 @@ class Runner:
         page_tokens: Tokens of each.
         kv_dtype: Of keys and values.
         recorder: Takes the routing of every step.
+
+    Attributes:
+        forward: The model; or who stands before it, called as it is.
     """
 
     def __init__(
@@ -52,12 +56,25 @@ class Runner:
         kv_dtype: torch.dtype,
         recorder: Recorder | None = None,
     ) -> None:
-        self._model = model
+        self.forward: Callable[..., ModelOutput] = model
+        self.adapters, self._active = tuple(names(model)), active(model)
         self.pool = PagePool(model.config, pages, page_tokens, dtype=kv_dtype)
         self._recorder = recorder
         self._first_request = 0 if recorder is None else recorder.next_request
         self.counts: Mapping[int, Tensor] = {}  # pairs of each expert in the last step, by layer
         self.totals: dict[int, Tensor] = {}  # and in all steps
+
+    def adapter(self, wanted: str) -> str:
+        """Who answers a request that wants this adapter: the one that was active at first, where it wants none.
+
+        Raises:
+            UsageError: the model has none of this name.
+        """
+        if wanted and wanted not in self.adapters:
+            raise UsageError(
+                f"there is no adapter {wanted!r}", hint=f"there is {', '.join(self.adapters) or 'none'}"
+            )
+        return wanted or self._active
 
     @torch.inference_mode()
     def run(self, slices: Sequence[Slice]) -> list[Outcome]:
@@ -68,8 +85,9 @@ class Runner:
             [piece.request.table.pages for piece in slices],
             [piece.start for piece in slices],
             [len(some) for some in tokens],
+            [piece.request.options.adapter for piece in slices] if self.adapters else None,
         )
-        output = self._model(torch.tensor([[token for some in tokens for token in some]]), cache=step)
+        output = self.forward(torch.tensor([[token for some in tokens for token in some]]), cache=step)
         self.counts = {layer: routing.counts_E for layer, routing in output.routing.items()}
         for layer, counts_E in self.counts.items():
             self.totals[layer] = counts_E + self.totals.get(layer, 0)

@@ -6,11 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moiety.backends import cpu_attention
+from moiety.backends import causal, cpu_attention
 from moiety.backends.cpu_attention import PagedLayer, RaggedStep
-from moiety.backends.matmul import project
 from moiety.config import AttentionConfig
-from moiety.model.context import ForwardContext, Visible, by_sequence
+from moiety.model.context import ForwardContext, Visible, by_sequence, project
 from moiety.model.norm import RMSNorm, unit_length
 from moiety.model.paged import PagedStep
 from moiety.model.rope import rotate
@@ -86,6 +85,8 @@ def attend(
     k_BHKd, v_BHKd = k_BHKd.to(q_BHSd.dtype), v_BHKd.to(q_BHSd.dtype)
     if cap or sinks_H is not None:
         return _attend_by_hand(q_BHSd, k_BHKd, v_BHKd, seen.mask_SK, scale=scale, cap=cap, sinks_H=sinks_H)
+    if seen.mask_SK is None and causal.takes(q_BHSd, k_BHKd, v_BHKd, scale):
+        return causal.causal_attention(q_BHSd, k_BHKd, v_BHKd, scale=scale)
     return F.scaled_dot_product_attention(
         q_BHSd,
         k_BHKd,
@@ -178,10 +179,10 @@ class Attention(nn.Module):
 
     def forward(self, x_BSD: Tensor, context: ForwardContext) -> Tensor:
         """(B, S, D) to (B, S, D); keys and values go to the context's cache when there is one."""
-        qkv, paged = project(x_BSD, self.qkv), context.paged
+        qkv, paged = project(x_BSD, self.qkv, context), context.paged
         if paged is not None and paged.choice(qkv, self.head_dim).name == "cpu":
-            return project(self._paged(qkv, paged, context), self.out)
-        return project(by_sequence(self._mixed, context, qkv), self.out)
+            return project(self._paged(qkv, paged, context), self.out, context)
+        return project(by_sequence(self._mixed, context, qkv), self.out, context)
 
     def _weights(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         if self.q_norm is None or self.k_norm is None:

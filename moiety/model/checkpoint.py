@@ -25,8 +25,10 @@ from moiety.formats import FORMATS
 from moiety.formats.numbers import Codes
 from moiety.formats.tiles import EXPERT_MULTIPLE, PackedWeight, pack_codes
 from moiety.model import expert_file, hub, layout, quantized, slots
+from moiety.model.adapters import refuse_adapters
 from moiety.model.families import OWN, Family, FamilyChoice, Match, Piece, family_for, family_of
 from moiety.model.packed import WEIGHT_DTYPES, Packing, Weight, packing_of
+from moiety.model.parts import Parts, hollow, shapes_of
 from moiety.model.tensor_file import (
     DTYPE_NAMES,
     Entry,
@@ -38,7 +40,6 @@ from moiety.model.transformer import Transformer
 
 __all__ = [
     "Entry",
-    "Reader",
     "Stored",
     "is_gguf",
     "is_packed",
@@ -46,13 +47,15 @@ __all__ = [
     "load_config",
     "load_extra",
     "load_weights",
-    "opened",
+    "open_parts",
     "read_tensors",
     "save",
     "size_bytes",
     "write_model",
     "write_tensors",
 ]
+
+Fetch = Callable[[str, int | None], Tensor]
 
 
 def save(
@@ -125,10 +128,10 @@ def load(
     folder = layout.checked_folder(place)
     if is_packed(folder):
         return quantized.load_quantized(folder, backend=backend, dtype=dtype)
-    with opened(folder, match) as stored:
+    with _opened(folder, match) as stored:
         with torch.device("meta"):  # shapes alone: the weights come from the files
             model = Transformer(stored.config, backend=backend, initialize=False)
-        shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        shapes = shapes_of(model)
         blocks = dict(stored.blocks(model, shapes)) if packed else {}
         model.load_state_dict(dict(stored.tensors(shapes, dtype, blocks)), assign=True, strict=not blocks)
     if packed:
@@ -136,24 +139,46 @@ def load(
     return model.eval()
 
 
-def load_weights(path: str | Path, model: Transformer) -> None:
+@contextlib.contextmanager
+def open_parts(
+    path: str | Path, *, revision: str | None = None, match: Match = "original"
+) -> Iterator[Parts]:
+    """Open a model without reading its weights; arguments and errors as of `load`."""
+    place = hub.resolve(path, revision=revision)
+    if is_gguf(place):
+        from moiety.model import gguf
+
+        yield gguf.open_gguf(place)
+        return
+    with _opened(layout.checked_folder(place), match) as stored:
+        yield stored.parts(shapes_of(hollow(stored.config)))
+
+
+def load_weights(
+    path: str | Path, model: Transformer, put: Callable[[str, Tensor, Tensor], None] | None = None
+) -> None:
     """Read weights into a model that exists, bit for bit: the config and every dtype must be the same.
+
+    With `put` the model has parts of its tensors alone: `put(name, tensor, whole)` writes one from what is stored.
 
     Raises:
         FormatError, StorageError: as `load`.
         UsageError: the checkpoint is of another model; nothing was changed.
     """
-    with opened(layout.checked_folder(path)) as stored:
+    with _opened(layout.checked_folder(path)) as stored:
         if stored.config != model.config:
             raise UsageError(
                 f"{path} is a checkpoint of another model: {stored.config}, not {model.config}",
                 hint="build the model with the config of the checkpoint (`load_config`)",
             )
         state = model.state_dict()
-        for name, tensor in stored.tensors({name: tuple(one.shape) for name, one in state.items()}, None):
+        for name, tensor in stored.tensors(shapes_of(model if put is None else hollow(model.config)), None):
             if tensor.dtype != state[name].dtype:
                 raise UsageError(f"{name} is {tensor.dtype} in {path}, but {state[name].dtype} in the model")
-            state[name].copy_(tensor)
+            if put is None:
+                state[name].copy_(tensor)
+            else:
+                put(name, state[name], tensor)
 
 
 def load_config(path: str | Path, *, revision: str | None = None, match: Match = "original") -> ModelConfig:
@@ -209,12 +234,14 @@ def write_model(
     extra: Mapping[str, object] | None = None,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = layout.SHARD_BYTES,
-    read: Callable[[str], Tensor] | None = None,
+    fetch: Fetch | None = None,
 ) -> FamilyChoice:
     """Fill a folder from `storage.new_folder`; arguments and errors as for `save`.
 
-    With `read` the model may be on the meta device: its tensors come from there, one at a time.
+    With `fetch` the model has shapes and dtypes alone (`parts.hollow`): `fetch(name, expert)` gives one of its tensors,
+    or one matrix of a stack, when its turn comes.
     """
+    refuse_adapters(model, "a checkpoint has none")
     if tokenizer is not None and tokenizer.vocab_size > model.config.vocab_size:
         raise UsageError(
             f"the tokenizer has {tokenizer.vocab_size} tokens, the model {model.config.vocab_size}",
@@ -222,10 +249,15 @@ def write_model(
         )
     packed = quantized.description(model)
     choice = FamilyChoice(OWN, "packed weights have our own layout") if packed else family_for(model.config)
-    entries = _entries(model, choice.family, dtype, read)
+    entries = _entries(model, choice.family, dtype, fetch)
     tiles = {name: entries.pop(name) for name in [*entries] if name.endswith(".tiles")}
     end_id = None if tokenizer is None else tokenizer.end_id
-    special = {"bos_token_id": None, "eos_token_id": end_id, "pad_token_id": end_id}
+    ends = [] if tokenizer is None else [*dict.fromkeys((tokenizer.end_id, *tokenizer.answer_ends))]
+    special = {
+        "bos_token_id": None,
+        "eos_token_id": ends if len(ends) > 1 else end_id,
+        "pad_token_id": end_id,
+    }
     kinds = [entry.dtype for entry in entries.values()]
     stored_as = str(max(set(kinds), key=kinds.count)).removeprefix("torch.")
     config = {**choice.family.write(model.config), **special, "dtype": stored_as, "torch_dtype": stored_as}
@@ -248,7 +280,7 @@ def _stored_dtype(name: str, own: torch.dtype, dtype: torch.dtype | None) -> tor
 
 
 def _entries(
-    model: Transformer, family: Family, dtype: torch.dtype | None, read: Callable[[str], Tensor] | None
+    model: Transformer, family: Family, dtype: torch.dtype | None, fetch: Fetch | None = None
 ) -> dict[str, Entry]:
     layout.check_dtype(dtype)
     state = model.state_dict()
@@ -256,13 +288,17 @@ def _entries(
     for piece in family.pieces(model.config, {name: tuple(tensor.shape) for name, tensor in state.items()}):
         kind = _stored_dtype(piece.ours, state[piece.ours].dtype, dtype)
         assert piece.theirs not in entries, piece
-        fetch = functools.partial(_fetched, read or state.__getitem__, piece)
-        entries[piece.theirs] = Entry(piece.shape, kind, fetch)
+        get = functools.partial(_fetched, fetch or functools.partial(_part, state), piece)
+        entries[piece.theirs] = Entry(piece.shape, kind, get)
     return entries
 
 
-def _fetched(read: Callable[[str], Tensor], piece: Piece) -> Tensor:
-    return _view(read(piece.ours), piece).detach().reshape(piece.shape)
+def _part(state: Mapping[str, Tensor], name: str, expert: int | None) -> Tensor:
+    return state[name] if expert is None else state[name][expert]
+
+
+def _fetched(fetch: Fetch, piece: Piece) -> Tensor:
+    return _view(fetch(piece.ours, piece.expert), piece._replace(expert=None)).detach().reshape(piece.shape)
 
 
 def _view(tensor: Tensor, piece: Piece) -> Tensor:
@@ -297,7 +333,7 @@ def _read_config(folder: Path, match: Match) -> _Read:
 
 
 @contextlib.contextmanager
-def opened(folder: Path, match: Match = "original") -> Iterator[Stored]:
+def _opened(folder: Path, match: Match = "original") -> Iterator[Stored]:
     """A checkpoint, every header checked and every file open."""
     read = _read_config(folder, match)
     if read.packing is not None and read.packing.method == "moiety":
@@ -307,29 +343,6 @@ def opened(folder: Path, match: Match = "original") -> Iterator[Stored]:
     with layout.open_weights(folder, read.packing) as weights:
         _check_sizes(folder, read.config, weights)
         yield Stored(folder=folder, family=read.family, config=read.config, weights=weights)
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Reader:
-    """Our tensors, each put together from theirs when it is asked for."""
-
-    weights: Mapping[str, Weight]
-    pieces: Mapping[str, Sequence[Piece]]
-    shapes: Mapping[str, tuple[int, ...]]
-    as_dtype: torch.dtype | None
-
-    def dtype(self, name: str) -> torch.dtype:
-        """What a tensor will be."""
-        kinds = (self.weights[piece.theirs].dtype for piece in self.pieces[name])
-        kind = functools.reduce(torch.promote_types, kinds)
-        return _stored_dtype(name, torch.float32 if name.endswith("selection_bias") else kind, self.as_dtype)
-
-    def __call__(self, name: str) -> Tensor:
-        """One tensor."""
-        tensor = torch.empty(self.shapes[name], dtype=self.dtype(name))
-        for piece in self.pieces[name]:
-            self.weights[piece.theirs].read_into(_view(tensor, piece))
-        return tensor
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -354,19 +367,35 @@ class Stored:
         Raises:
             FormatError: tensors missing, left over, misshapen or unreadable.
         """
-        reader = self.reader(wanted, dtype)
+        parts = self.parts(wanted, dtype)
         for name in wanted:
             if name not in leave:
-                yield name, reader(name)
-        self._check_second_head()
+                yield name, parts.read(name)
 
-    def reader(self, wanted: Mapping[str, tuple[int, ...]], dtype: torch.dtype | None = None) -> Reader:
-        """Our tensors by name, read when they are asked for. Raises like `tensors`."""
+    def parts(self, wanted: Mapping[str, tuple[int, ...]], dtype: torch.dtype | None = None) -> Parts:
+        """Our tensors by name, each put together from theirs when it is asked for. Raises like `tensors`."""
         pieces: dict[str, list[Piece]] = {name: [] for name in wanted}
         for piece in self.family.pieces(self.config, wanted, self.weights.keys()):
             pieces[piece.ours].append(piece)
         self._check([piece for group in pieces.values() for piece in group])
-        return Reader(weights=self.weights, pieces=pieces, shapes=wanted, as_dtype=dtype)
+        self._check_second_head()
+        dtypes = {
+            name: _stored_dtype(name, self._dtype(name, group), dtype) for name, group in pieces.items()
+        }
+
+        def read(name: str) -> Tensor:
+            tensor = torch.empty(wanted[name], dtype=dtypes[name])
+            for piece in pieces[name]:
+                self.weights[piece.theirs].read_into(_view(tensor, piece))
+            return tensor
+
+        return Parts(config=self.config, dtypes=dtypes, read=read)
+
+    def _dtype(self, name: str, pieces: Sequence[Piece]) -> torch.dtype:
+        kinds = (self.weights[piece.theirs].dtype for piece in pieces)
+        return (
+            torch.float32 if name.endswith("selection_bias") else functools.reduce(torch.promote_types, kinds)
+        )
 
     def blocks(
         self, model: Transformer, wanted: Mapping[str, tuple[int, ...]]

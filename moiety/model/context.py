@@ -6,20 +6,23 @@ Passed by hand down the model; nothing is set around a call.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from moiety.backends import matmul
 from moiety.config import ModelConfig
 from moiety.errors import UsageError
 from moiety.model.paged import PagedSequence, PagedStep
 from moiety.model.rope import depends_on_length, rotary_table
+from moiety.moe.adapted import AdaptedLinear, AdaptedRows
 from moiety.routing import Routing
 
-__all__ = ["ForwardContext", "KVCache", "Visible", "by_sequence", "forward_context", "visible"]
+__all__ = ["ForwardContext", "KVCache", "Visible", "by_sequence", "forward_context", "project", "visible"]
 
 
 class KVCache:
@@ -133,6 +136,7 @@ class ForwardContext:
         window: Which keys they see in layers with one.
         cache: Earlier keys and values, or None.
         paged: Tokens of several sequences in one row instead; then `everything` and `window` are in `parts`.
+        lengths: Tokens of each of several sequences in one row, each from position 0, or none; then likewise.
         windows: The window in tokens and whether it is a chunk, for `parts`.
         valid_BS: False for padding, which must stand at the end of a sequence; None when all tokens are real.
         pinned: For some layers the routing to repeat.
@@ -140,6 +144,7 @@ class ForwardContext:
         cost: For some layers what using each expert costs, (E,).
         step: Of the training run, for schedules of the routers; None outside of one.
         seed: Of everything random in the routers; each layer adds its own number.
+        adapters: Which rows each adapter is for; None lets the active one serve all.
     """
 
     positions_S: Tensor
@@ -150,11 +155,13 @@ class ForwardContext:
     valid_BS: Tensor | None
     pinned: Mapping[int, Routing]
     paged: PagedStep | None = None
+    lengths: tuple[int, ...] = ()
     windows: tuple[int | None, bool] = (None, False)
     tokens_BS: Tensor | None = None
     cost: Mapping[int, Tensor] = field(default_factory=dict)
     step: int | None = None
     seed: int | None = None
+    adapters: AdaptedRows | None = None
 
     def seed_of(self, layer: int) -> int | None:
         """The seed of one layer."""
@@ -162,28 +169,58 @@ class ForwardContext:
 
     @functools.cached_property
     def parts(self) -> tuple[tuple[slice, ForwardContext], ...]:
-        """Rows of each sequence of a paged step, and what its tokens know."""
-        assert self.paged is not None
+        """Rows of each sequence of a row that holds several, and what its tokens know."""
+        device = self.positions_S.device
+        stops = list(itertools.accumulate(self.lengths))
+        found: list[tuple[slice, int, PagedSequence | None]] = [
+            (slice(stop - count, stop), 0, None) for stop, count in zip(stops, self.lengths, strict=True)
+        ]
+        if self.paged is not None:
+            found = [(one.rows, one.start, one) for one in self.paged.sequences]
         return tuple(
             (
-                one.rows,
+                rows,
                 replace(
                     self,
-                    positions_S=self.positions_S[one.rows],
-                    rotary=(self.rotary[0][one.rows], self.rotary[1][one.rows]),
-                    everything=visible(one.start, one.count, None, False),
-                    window=visible(one.start, one.count, *self.windows),
-                    cache=one,
+                    positions_S=self.positions_S[rows],
+                    rotary=(self.rotary[0][rows], self.rotary[1][rows]),
+                    everything=visible(start, rows.stop - rows.start, None, False, device),
+                    window=visible(start, rows.stop - rows.start, *self.windows, device),
+                    cache=cache,
                     paged=None,
+                    lengths=(),
+                    adapters=adapters_of((cache.adapter,)) if self.adapters is not None and cache else None,
                 ),
             )
-            for one in self.paged.sequences
+            for rows, start, cache in found
         )
 
 
+def project(x: Tensor, layer: nn.Module, context: ForwardContext) -> Tensor:
+    """`matmul.project`, with what adapters add to their own rows."""
+    if isinstance(layer, AdaptedLinear):
+        y: Tensor = layer(x, context.adapters)
+        return y
+    return matmul.project(x, layer)
+
+
+def adapters_of(names: Sequence[str], counts: Sequence[int] | None = None) -> dict[str, Tensor | None]:
+    """Which rows each adapter is for, of sequences one after the other; without counts there is one, which has all."""
+    if counts is None:
+        assert len(names) == 1, names
+        return {names[0]: None} if names[0] else {}
+    found: dict[str, list[Tensor]] = {}
+    first = 0
+    for name, count in zip(names, counts, strict=True):
+        if name:
+            found.setdefault(name, []).append(torch.arange(first, first + count))
+        first += count
+    return {name: torch.cat(rows) for name, rows in found.items()}
+
+
 def by_sequence(compute: Callable[..., Tensor], context: ForwardContext, *x: Tensor) -> Tensor:
-    """What `compute(context, *x)` makes of tensors (B, S, ...): at once, or of a paged step's sequences one by one."""
-    if context.paged is None:
+    """What `compute(context, *x)` makes of tensors (B, S, ...): at once, or of a row's several sequences one by one."""
+    if context.paged is None and not context.lengths:
         return compute(context, *x)
     return torch.cat([compute(part, *(one[:, rows] for one in x)) for rows, part in context.parts], dim=1)
 
@@ -217,6 +254,7 @@ def forward_context(
     *,
     cache: KVCache | PagedStep | None = None,
     valid_BS: Tensor | None = None,
+    lengths: Sequence[int] = (),
     pinned: Mapping[int, Routing] | None = None,
     cost: Mapping[int, Tensor] | None = None,
     step: int | None = None,
@@ -228,28 +266,36 @@ def forward_context(
     earlier = cache if isinstance(cache, KVCache) else None
     start, positions = 0 if earlier is None else earlier.length, tokens_BS.shape[1]
     everything = windowed = Visible(0, None)
+    adapters: AdaptedRows | None = None
     if paged is not None:
         positions_S = paged.positions()
-        lengths = [one.start + one.count for one in paged.sequences]
+        reach = [one.start + one.count for one in paged.sequences]
         counts = [one.count for one in paged.sequences]
+        if paged.has_adapters:
+            adapters = adapters_of([one.adapter for one in paged.sequences], counts)
+    elif lengths:
+        positions_S = torch.cat([torch.arange(count, device=device) for count in lengths])
+        reach, counts = [*lengths], [*lengths]
     else:
         positions_S = torch.arange(start, start + positions, device=device)
-        lengths, counts = [start + positions], [positions]
+        reach, counts = [start + positions], [positions]
         everything = windowed = visible(start, positions, None, False, device)
         if attention.window is not None:
             windowed = visible(start, positions, attention.window, attention.chunked, device)
     return ForwardContext(
         positions_S=positions_S,
-        rotary=_rotary(config, positions_S, lengths, counts),
+        rotary=_rotary(config, positions_S, reach, counts),
         everything=everything,
         window=windowed,
         cache=earlier,
         paged=paged,
         windows=(attention.window, attention.chunked),
+        lengths=tuple(lengths),
         valid_BS=valid_BS,
         pinned=pinned or {},
         tokens_BS=tokens_BS,
         cost=cost or {},
         step=step,
         seed=seed,
+        adapters=adapters,
     )

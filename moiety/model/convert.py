@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -20,7 +20,7 @@ from moiety.model.template import ChatTemplate
 from moiety.model.tokenizer import Tokenizer
 from moiety.model.transformer import Transformer
 
-__all__ = ["convert", "end_tokens", "keep_beside", "read_tokenizer", "save_beside"]
+__all__ = ["convert", "end_tokens", "read_tokenizer", "save_beside", "write_beside"]
 
 # What stands beside the weights in the layout of transformers, and is taken over as it is.
 BESIDE = (
@@ -101,19 +101,32 @@ def save_beside(
     Raises:
         FormatError, StorageError, UsageError: as of `checkpoint.save`.
     """
+    with storage.new_folder(target, needed_bytes=checkpoint.size_bytes(model, dtype) + (1 << 24)) as folder:
+        return write_beside(folder, model, source, dtype=dtype, with_tokenizer=with_tokenizer)
+
+
+def write_beside(
+    folder: Path,
+    model: Transformer | SwitchTransformer,
+    source: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    with_tokenizer: bool = True,
+    **options: Any,
+) -> str:
+    """`save_beside` into a folder from `storage.new_folder`; `options` are further ones of `checkpoint.write_model`."""
     copies = source.is_dir()
     tokenizer = read_tokenizer(source) if with_tokenizer and not copies else None
-    with storage.new_folder(target, needed_bytes=checkpoint.size_bytes(model, dtype) + (1 << 24)) as folder:
-        if isinstance(model, SwitchTransformer):
-            write_switch(folder, model, dtype=dtype)
-            done = MODEL_TYPE
-        else:
-            choice = checkpoint.write_model(folder, model, tokenizer=tokenizer, dtype=dtype)
-            done = f"{choice.family.model_type} ({choice.reason})"
-        if copies:
-            keep_beside(source, folder, BESIDE if with_tokenizer else ("generation_config.json",))
-        elif tokenizer is not None:
-            _note_ends(folder, [tokenizer.end_id, *end_tokens(source)])
+    if isinstance(model, SwitchTransformer):
+        write_switch(folder, model, dtype=dtype)
+        done = MODEL_TYPE
+    else:
+        choice = checkpoint.write_model(folder, model, tokenizer=tokenizer, dtype=dtype, **options)
+        done = f"{choice.family.model_type} ({choice.reason})"
+    if copies:
+        _keep_beside(source, folder, BESIDE if with_tokenizer else ("generation_config.json",))
+    elif tokenizer is not None:
+        _note_ends(folder, [tokenizer.end_id, *end_tokens(source)])
     return done
 
 
@@ -158,7 +171,7 @@ def _note_ends(folder: Path, ends: Sequence[int]) -> None:
         _note(folder / name, {"eos_token_id": list(ends)})
 
 
-def keep_beside(source: Path, folder: Path, names: tuple[str, ...] = BESIDE) -> None:
+def _keep_beside(source: Path, folder: Path, names: tuple[str, ...]) -> None:
     """Files beside the weights, and the end tokens, of one checkpoint folder into another that is being filled."""
     for name in names:
         if (source / name).is_file():

@@ -23,7 +23,15 @@ from moiety.model.tensor_file import Entry, shown
 from moiety.model.transformer import Transformer
 from moiety.moe.packed import MixedExperts
 
-__all__ = ["ExpertFile", "ExpertStack", "check_expert", "entries_in_order", "expert_stacks", "stacks_in"]
+__all__ = [
+    "ExpertFile",
+    "ExpertStack",
+    "check_expert",
+    "compare_checksum",
+    "entries_in_order",
+    "expert_stacks",
+    "stacks_in",
+]
 
 
 class ExpertStack(NamedTuple):
@@ -127,7 +135,12 @@ def check_expert(file: Path, stack: ExpertStack, place: int, data: Tensor | memo
         FormatError: they are others than were written.
     """
     raw = data.numpy().data if isinstance(data, Tensor) else data
-    found, wanted = xxhash.xxh3_64_intdigest(raw), stack.checksums[place]
+    compare_checksum(file, stack, place, xxhash.xxh3_64_intdigest(raw))
+
+
+def compare_checksum(file: Path, stack: ExpertStack, place: int, found: int) -> None:
+    """The same for who has the checksum (XXH3, 64 bits) of what was read; raises as `check_expert`."""
+    wanted = stack.checksums[place]
     if found != wanted:
         raise FormatError(
             f"{file}: expert {stack.numbers[place]} of layer {stack.layer} is damaged: its checksum is {found:016x}, "

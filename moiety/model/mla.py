@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from moiety.backends.matmul import project
 from moiety.config import AttentionConfig
 from moiety.model.attention import Layer, attend, scaled_queries
-from moiety.model.context import ForwardContext, by_sequence
+from moiety.model.context import ForwardContext, by_sequence, project
 from moiety.model.norm import RMSNorm
 from moiety.model.rope import softmax_factor
+from moiety.moe.adapted import AdaptedLinear
 
 __all__ = ["LatentAttention"]
 
@@ -50,19 +50,20 @@ class LatentAttention(nn.Module):
         self.kv_b = nn.Linear(self.rank, self.heads * (self.nope + self.value), bias=False)
         self.out = nn.Linear(self.heads * self.value, d_model, bias=mla.bias)
 
-    def _queries(self, x_BSD: Tensor) -> Tensor:
+    def _queries(self, x_BSD: Tensor, context: ForwardContext) -> Tensor:
         """(B, S, H * (nope + rope)), through the bottleneck where there is one."""
         if self.q is not None:
-            return project(x_BSD, self.q)
+            return project(x_BSD, self.q, context)
         assert self.q_a is not None and self.q_a_norm is not None and self.q_b is not None
-        return project(self.q_a_norm(project(x_BSD, self.q_a)), self.q_b)
+        return project(self.q_a_norm(project(x_BSD, self.q_a, context)), self.q_b, context)
 
     def forward(self, x_BSD: Tensor, context: ForwardContext) -> Tensor:
         """(B, S, D) to (B, S, D); latents and rotary keys go to the context's cache when there is one."""
         if context.paged is not None:
             context.paged.choice(x_BSD, self.rank)  # says that torch does it
-        y_BSD = by_sequence(self._mixed, context, self._queries(x_BSD), project(x_BSD, self.kv_a))
-        return project(y_BSD, self.out)
+        kept = project(x_BSD, self.kv_a, context)
+        y_BSD = by_sequence(self._mixed, context, self._queries(x_BSD, context), kept)
+        return project(y_BSD, self.out, context)
 
     def _mixed(self, context: ForwardContext, q: Tensor, kept: Tensor) -> Tensor:
         """What the heads answer to queries, latents and rotary keys, (B, S, H * value)."""
@@ -91,7 +92,7 @@ class LatentAttention(nn.Module):
         seen = self.layer.visible(context)
         kept_B1Kd = kept_B1Kd[:, :, seen.first :]
         latent_BKR, k_rope = kept_B1Kd[:, 0, :, : self.rank], kept_B1Kd[..., self.rank :]
-        both = project(latent_BKR, self.kv_b).unflatten(-1, (self.heads, self.nope + self.value))
+        both = project(latent_BKR, self.kv_b, context).unflatten(-1, (self.heads, self.nope + self.value))
         k_nope, v_BHKd = both.transpose(1, 2).split((self.nope, self.value), dim=-1)
         k_BHKd = torch.cat([k_nope, k_rope.expand(-1, self.heads, -1, -1)], dim=-1)
         q_BHSd = scaled_queries(torch.cat([q_nope, q_rope], dim=-1), self.layer, context)
@@ -100,7 +101,9 @@ class LatentAttention(nn.Module):
 
     def _absorbed(self, q_nope: Tensor, q_rope: Tensor, kept_B1Kd: Tensor, context: ForwardContext) -> Tensor:
         """Queries go into the latent space and weighted latents out of it; the cache is read as it is."""
-        weight = self.kv_b.weight.to(q_nope.dtype).unflatten(0, (self.heads, self.nope + self.value))
+        kv_b: nn.Module = self.kv_b
+        whole = kv_b.weight(context.adapters) if isinstance(kv_b, AdaptedLinear) else self.kv_b.weight
+        weight = whole.to(q_nope.dtype).unflatten(0, (self.heads, self.nope + self.value))
         key_HnR, value_HvR = weight.split((self.nope, self.value), dim=1)
         q_BHSd = scaled_queries(torch.cat([q_nope @ key_HnR, q_rope], dim=-1), self.layer, context)
         seen, latent_B1KR = self.layer.visible(context), kept_B1Kd[..., : self.rank]

@@ -69,10 +69,13 @@ class PagedSequence:
         table: Its pages, in order.
         start: Tokens it has already.
         rows: Its new tokens' rows in the step.
+        adapter: Who adds to them; empty for nobody.
     """
 
-    def __init__(self, pool: PagePool, table: Sequence[int], start: int, rows: slice) -> None:
-        self.pool, self.start, self.rows = pool, start, rows
+    def __init__(
+        self, pool: PagePool, table: Sequence[int], start: int, rows: slice, adapter: str = ""
+    ) -> None:
+        self.pool, self.start, self.rows, self.adapter = pool, start, rows, adapter
         self.count = rows.stop - rows.start
         self.pages = list(table[: -(-(start + self.count) // pool.page_tokens)])
 
@@ -98,16 +101,23 @@ class PagedStep:
         tables: The pages of each sequence in order, enough for its old and new tokens.
         starts: Tokens that each has in the pool.
         counts: New tokens of each, at least one.
+        adapters: Of each the adapter, empty for none; None lets the active one serve all.
     """
 
     def __init__(
-        self, pool: PagePool, tables: Sequence[Sequence[int]], starts: Sequence[int], counts: Sequence[int]
+        self,
+        pool: PagePool,
+        tables: Sequence[Sequence[int]],
+        starts: Sequence[int],
+        counts: Sequence[int],
+        adapters: Sequence[str] | None = None,
     ) -> None:
         assert len(tables) == len(starts) == len(counts) > 0, (len(tables), len(starts), len(counts))
-        self.pool = pool
+        self.pool, self.has_adapters = pool, adapters is not None
+        names = [""] * len(tables) if adapters is None else adapters
         sequences, first = [], 0
         written: set[int] = set()
-        for table, start, count in zip(tables, starts, counts, strict=True):
+        for table, start, count, name in zip(tables, starts, counts, names, strict=True):
             assert start >= 0 and count > 0, (start, count)
             room = len(table) * pool.page_tokens
             assert start + count <= room, (start, count, room)
@@ -115,7 +125,7 @@ class PagedStep:
             own = set(table[start // pool.page_tokens : (start + count - 1) // pool.page_tokens + 1])
             assert not own & written, (own & written, "two sequences would write the same page")
             written |= own
-            sequences.append(PagedSequence(pool, table, start, slice(first, first + count)))
+            sequences.append(PagedSequence(pool, table, start, slice(first, first + count), name))
             first += count
         self.sequences, self.tokens = tuple(sequences), first
         self._ragged: RaggedStep | None = None

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import json
 import re
-import time
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
@@ -27,12 +26,28 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedFormatter
 from jinja2.utils import Cycler, Joiner, Namespace
 from jinja2.visitor import NodeTransformer
 
-__all__ = ["CPU_SECONDS", "DEPTH", "STEPS", "TEXT_CHARACTERS", "Refused", "Sandbox", "TooMuch", "bound"]
+from moiety.model.clock import own_time
+
+__all__ = [
+    "CPU_SECONDS",
+    "DEPTH",
+    "GENERATION_MARKS",
+    "STEPS",
+    "TEXT_CHARACTERS",
+    "Refused",
+    "Sandbox",
+    "TooMuch",
+    "bound",
+]
 
 STEPS = 1_000_000
-CPU_SECONDS = 0.4
+CPU_SECONDS = 1.0  # without garbage collection
 TEXT_CHARACTERS = 2_000_000  # of one value, and of everything written together
 ITEMS = 100_000
+GENERATION_MARKS = (
+    "generation_begins",
+    "generation_ends",
+)  # variables that are written around `{% generation %}`
 DEPTH = 64
 WIDTH = 1000
 INTEGER_BITS = 4096
@@ -178,14 +193,18 @@ class _Bounding(NodeTransformer):
 
 @final
 class _Generation(Extension):
-    """`{% generation %}`, which marks the assistant's words for training: here only what is inside."""
+    """`{% generation %}`, which marks the assistant's words for training: what is inside, between two variables."""
 
     tags = {"generation"}  # noqa: RUF012 (declared so by jinja2)
 
     def parse(self, parser: Parser) -> nodes.Node:
-        """The statements up to `endgeneration`, in a scope of their own."""
+        """The statements up to `endgeneration`, in a scope of their own; nobody who sets no marks sees any."""
         line = next(parser.stream).lineno
-        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        before, after = (
+            nodes.Output([nodes.Name(name, "load", lineno=line)], lineno=line) for name in GENERATION_MARKS
+        )
+        return nodes.Scope([before, *body, after], lineno=line)
 
 
 @final
@@ -298,7 +317,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         self._written = 0
         self._largest = TEXT_CHARACTERS + 8 * given_characters
         self._most_steps = STEPS + given_characters
-        self._until = time.thread_time() + CPU_SECONDS + given_characters / CHARACTERS_PER_SECOND
+        self._until = own_time() + CPU_SECONDS + given_characters / CHARACTERS_PER_SECOND
         self._known: dict[int, tuple[int, int, Any]] = {}
         super().__init__(
             trim_blocks=True,
@@ -343,7 +362,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
             raise TooMuch(f"more than {self._most_steps:,} steps")
         if self._written > self._largest:
             raise TooMuch(f"more than {self._largest:,} characters of text")
-        if time.thread_time() > self._until:
+        if own_time() > self._until:
             raise TooMuch(f"more than {CPU_SECONDS} s of processor time")
         return True
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from moiety.formats import FORMATS, Format
 from moiety.formats.policy import Kind, kind_of
 from moiety.formats.tiles import PackedWeight, Projection, expert_bytes, pack, projections_in
-from moiety.model.transformer import Transformer
+from moiety.model.transformer import HeadBias, Transformer
 from moiety.moe.experts import Experts, FeedForward
 from moiety.moe.packed import MixedExperts, PackedExperts, PackedFeedForward, PackedLinear
 
@@ -121,9 +121,10 @@ def room(group: Sequence[Slot], forms: Sequence[Format], numbers: tuple[int, ...
 
 
 def install(model: Transformer, path: str, groups: Sequence[Group]) -> None:
-    """Put packed weights in the place of a module, whose biases they take over; it is dropped."""
+    """Put packed weights in the place of a module, whose biases and mode they take over; it is dropped."""
     if path == "head":
-        model.head = PackedLinear(groups[0].weights[""], None if model.head is None else model.head.bias)
+        bias = model.head.bias if isinstance(model.head, nn.Linear | HeadBias) else None
+        model.head = PackedLinear(groups[0].weights[""], bias).train(model.training)
         return
     module = model.get_submodule(path)
     made: nn.Module
@@ -137,7 +138,7 @@ def install(model: Transformer, path: str, groups: Sequence[Group]) -> None:
             experts = [part for part in parts if isinstance(part, PackedExperts)]
             made = MixedExperts(experts, [group.numbers or () for group in groups])
     parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, made)
+    setattr(model.get_submodule(parent), name, made.train(module.training))
 
 
 def pair_of(module: Experts | FeedForward, group: Group) -> PackedExperts | PackedFeedForward:

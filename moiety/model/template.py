@@ -27,6 +27,7 @@ SINGLE = "chat_template.jinja"
 SEVERAL = "additional_chat_templates"
 DEFAULT = "default"
 TOOL_USE = "tool_use"
+GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # A message's reasoning goes by several names; a template knows one of them.
 REASONING = ("reasoning_content", "thinking", "reasoning")
@@ -158,6 +159,10 @@ class ChatTemplate:
             ) from error
         except FAILURES as error:
             raise _failure(self._named(name), error, template) from error
+
+    def marks_answers(self, *, with_tools: bool = False) -> bool:
+        """True if the template says by `{% generation %}` which words are the assistant's."""
+        return GENERATION.search(self.templates[self._choose(with_tools)]) is not None
 
     def save(self, folder: str | Path) -> None:
         """Write `chat_template.jinja`, and further templates where transformers looks for them.

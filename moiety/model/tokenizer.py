@@ -164,6 +164,8 @@ class Tokenizer:
         end_token: The special token that ends a text.
         chat_template: How messages are written, when the model was taught to chat.
         special_tokens: Further special tokens by name (`bos_token`), kept for whoever reads the tokenizer next.
+
+    `answer_ends` are the tokens that end an answer besides the end token; they are written beside a model's weights.
     """
 
     def __init__(
@@ -179,6 +181,7 @@ class Tokenizer:
         self._token_bytes = _token_bytes(inner)
         self.chat_template = chat_template
         self.special_tokens = dict(special_tokens or {})
+        self.answer_ends: tuple[int, ...] = ()
         named = sorted(self.special_ids(), key=len, reverse=True)  # the longest first: one may begin another
         self._special = re.compile(f"({'|'.join(map(re.escape, named))})" if named else r"(?!)()")
         self.end_token = end_token

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -15,12 +15,13 @@ from moiety.errors import ConfigError, UsageError
 from moiety.model.attention import Attention
 from moiety.model.context import ForwardContext, KVCache, forward_context
 from moiety.model.fused import fused
-from moiety.model.loss import cross_entropy, head_logits
+from moiety.model.loss import IGNORED, SLICE_ELEMENTS, cross_entropy, head_logits
 from moiety.model.mla import LatentAttention
 from moiety.model.norm import Norm, norm_of
 from moiety.model.paged import PagedStep
 from moiety.model.rope import check_rope
 from moiety.moe import routers
+from moiety.moe.adapted import AdaptedFeedForward, AdaptedLinear, AdaptedRows
 from moiety.moe.capacity import Capacity
 from moiety.moe.experts import FeedForward
 from moiety.moe.layer import MoE
@@ -36,53 +37,76 @@ class ModelOutput:
 
     Args:
         hidden: The last block's output after the final norm, (B, S, D).
-        head_weight: The output head, (V, D), or the packed head with its bias.
+        head_weight: The output head, (V, D), or the packed or adapted head with its bias.
         head_bias: Its bias (V,), or None.
         logits_multiplier: Factor on the logits.
         logits_cap: Logits become cap * tanh(logit / cap); 0 is off.
         routing: The routing of every MoE layer, by layer index.
+        adapters: Which positions, counted through all sequences, each adapter is for; None: the active one serves all.
     """
 
     hidden: Tensor
-    head_weight: Tensor | PackedLinear
+    head_weight: Tensor | PackedLinear | AdaptedLinear
     head_bias: Tensor | None = None
     logits_multiplier: float = 1.0
     logits_cap: float = 0.0
     routing: Mapping[int, Routing] = field(default_factory=dict)
+    adapters: AdaptedRows | None = None
 
     @property
     def logits(self) -> Tensor:
         """Scores of every vocabulary entry, (B, S, V); multiplied out on each access."""
-        return self._logits(self.hidden)
+        return self._logits(self.hidden, self.adapters)
 
     @property
     def last_logits(self) -> Tensor:
         """Scores after the last position alone, (B, V)."""
-        return self._logits(self.hidden[:, -1])
+        assert not self.adapters, "sequences in one row have no last position"
+        return self._logits(self.hidden[:, -1], None)
 
     def at(self, rows_N: Tensor) -> Tensor:
         """Scores after chosen positions alone, counted through all sequences, (N, V)."""
-        return self._logits(self.hidden.flatten(0, 1)[rows_N])
+        adapters = self.adapters
+        if adapters:
+            adapters = {
+                name: None if mine is None else torch.isin(rows_N, mine).nonzero()[:, 0]
+                for name, mine in adapters.items()
+            }
+        return self._logits(self.hidden.flatten(0, 1)[rows_N], adapters)
 
-    def _logits(self, hidden: Tensor) -> Tensor:
+    def _logits(self, hidden: Tensor, adapters: AdaptedRows | None) -> Tensor:
         return head_logits(
             hidden,
             self.head_weight,
             self.head_bias,
             multiplier=self.logits_multiplier,
             cap=self.logits_cap,
+            adapters=adapters,
         )
 
-    def cross_entropy(self, target_BS: Tensor) -> Tensor:
+    def cross_entropy(self, target_BS: Tensor, scale_BS: Tensor | None = None) -> Tensor:
         """Sum over scored tokens of -ln p(target) in nats, without the logits ever whole; see `loss.cross_entropy`."""
         return cross_entropy(
             self.hidden,
             self.head_weight,
             target_BS,
             bias_V=self.head_bias,
+            scale=scale_BS,
             multiplier=self.logits_multiplier,
             cap=self.logits_cap,
         )
+
+    def divergence(self, wanted: ModelOutput, target_BS: Tensor) -> Tensor:
+        """Sum over scored tokens of KL(wanted, self) in nats; the logits, recomputed in backward, are never whole."""
+        scored_N = (target_BS != IGNORED).flatten().nonzero()[:, 0]
+        total = self.hidden.new_zeros((), dtype=torch.float32)
+        for rows in scored_N.split(max(SLICE_ELEMENTS // wanted.at(scored_N[:1]).shape[-1], 1)):
+            true = wanted.at(rows).float().log_softmax(dim=-1).detach()
+            total = total + checkpoint(self._divergence_at, rows, true, use_reentrant=False)
+        return total
+
+    def _divergence_at(self, rows_N: Tensor, true: Tensor) -> Tensor:
+        return (true.exp() * (true - self.at(rows_N).float().log_softmax(dim=-1))).sum()
 
 
 class HeadBias(nn.Module):
@@ -112,7 +136,7 @@ class Block(nn.Module):
             self.attention = LatentAttention(config.attention, config.d_model, layer)
         self.attention_post_norm = norm_of(config) if after else None
         self.feed_forward_norm = norm_of(config) if before else None
-        self.feed_forward: MoE | FeedForward | PackedFeedForward
+        self.feed_forward: MoE | FeedForward | PackedFeedForward | AdaptedFeedForward
         self.feed_forward = _feed_forward(config, layer, backend)
         self.feed_forward_post_norm = norm_of(config) if after else None
 
@@ -141,6 +165,8 @@ class Block(nn.Module):
             return whole
         x_BSD = self.attended(x_BSD, context)
         normed = self.feed_forward_input(x_BSD)
+        if isinstance(self.feed_forward, AdaptedFeedForward):
+            return self.fed(x_BSD, self.feed_forward(normed, context.adapters)), None
         if not isinstance(self.feed_forward, MoE):
             return self.fed(x_BSD, self.feed_forward(normed)), None
         y = self.feed_forward(
@@ -151,6 +177,7 @@ class Block(nn.Module):
             cost_E=context.cost.get(self.layer),
             step=context.step,
             seed=context.seed_of(self.layer),
+            adapters=context.adapters,
         )
         return self.fed(x_BSD, y.output), y.routing
 
@@ -187,7 +214,7 @@ class Transformer(nn.Module):
             self.embed = nn.Embedding.from_pretrained(empty_VD, freeze=False)
         self.blocks = nn.ModuleList(Block(config, layer, backend) for layer in range(config.layers))
         self.norm = norm_of(config)
-        self.head: nn.Linear | PackedLinear | HeadBias | None
+        self.head: nn.Linear | PackedLinear | AdaptedLinear | HeadBias | None
         self.head = HeadBias(config.vocab_size) if config.head_bias else None
         if not config.tied:
             self.head = nn.Linear(config.d_model, config.vocab_size, bias=config.head_bias)
@@ -219,6 +246,7 @@ class Transformer(nn.Module):
         *,
         cache: KVCache | PagedStep | None = None,
         valid_BS: Tensor | None = None,
+        lengths: Sequence[int] = (),
         pinned: Mapping[int, Routing] | None = None,
         cost: Mapping[int, Tensor] | None = None,
         step: int | None = None,
@@ -231,6 +259,8 @@ class Transformer(nn.Module):
             cache: Keys and values of earlier positions; these tokens are added to it. With a `PagedStep` the
                 tokens of its sequences follow each other in one row.
             valid_BS: Bool (B, S), False for padding, which must stand at the end; padding is never routed.
+            lengths: Tokens of each of several sequences that follow each other in one row, (1, sum of lengths): each
+                begins at position 0 and none looks at another.
             pinned: Routings to repeat, by layer.
             cost: What using each expert costs, (E,), by layer; for routers that are `CostAware`.
             step: Of the training run, from 0, for schedules of the routers; None is after their end.
@@ -243,6 +273,7 @@ class Transformer(nn.Module):
             UsageError: tokens, padding, cache or pinned routings that do not fit the model or each other.
         """
         self._check(tokens_BS, cache, valid_BS, pinned or {})
+        _check_lengths(tuple(tokens_BS.shape), lengths, alone=cache is None and valid_BS is None)
         if seed is None and self.training:
             seed = int(torch.randint(2**31, ()))
         context = forward_context(
@@ -250,6 +281,7 @@ class Transformer(nn.Module):
             tokens_BS,
             cache=cache,
             valid_BS=valid_BS,
+            lengths=lengths,
             pinned=pinned,
             cost=cost,
             step=step,
@@ -263,22 +295,25 @@ class Transformer(nn.Module):
                 routing[layer] = decided
         if cache is not None:
             cache.advance(tokens_BS.shape[1])
-        return self.ended(x_BSD, routing)
+        return self.ended(x_BSD, routing, context.adapters)
 
-    def ended(self, x_BSD: Tensor, routing: Mapping[int, Routing]) -> ModelOutput:
+    def ended(
+        self, x_BSD: Tensor, routing: Mapping[int, Routing], adapters: AdaptedRows | None = None
+    ) -> ModelOutput:
         """What the last block left, as the model's answer."""
         return ModelOutput(
             hidden=self.norm(x_BSD),
             head_weight=self._head_weight(),
-            head_bias=None if self.head is None or isinstance(self.head, PackedLinear) else self.head.bias,
+            head_bias=self.head.bias if isinstance(self.head, nn.Linear | HeadBias) else None,
             logits_multiplier=self.config.logits_multiplier,
             logits_cap=self.config.logits_cap,
             routing=routing,
+            adapters=adapters,
         )
 
-    def _head_weight(self) -> Tensor | PackedLinear:
+    def _head_weight(self) -> Tensor | PackedLinear | AdaptedLinear:
         """A packed head multiplies by itself, its bias included; a tied one is a packed copy of the embedding."""
-        if isinstance(self.head, PackedLinear):
+        if isinstance(self.head, PackedLinear | AdaptedLinear):
             return self.head
         return self.head.weight if isinstance(self.head, nn.Linear) else self.embed.weight
 
@@ -352,6 +387,21 @@ class Transformer(nn.Module):
         from moiety.model import checkpoint as files
 
         files.save(self, path)
+
+
+def _check_lengths(shape: tuple[int, ...], lengths: Sequence[int], *, alone: bool) -> None:
+    """Refuse lengths that are not those of the sequences in a row."""
+    if not lengths:
+        return
+    if shape[0] != 1 or min(lengths) < 1 or sum(lengths) != shape[1]:
+        raise UsageError(
+            f"lengths are {str([*lengths])[:80]} and tokens have shape {shape}",
+            hint="put the sequences one after the other into one row and give the length of each",
+        )
+    if not alone:
+        raise UsageError(
+            "a row of several sequences has neither cache nor padding", hint="leave valid_BS out"
+        )
 
 
 def _capacity(moe: MoEConfig) -> Capacity | None:

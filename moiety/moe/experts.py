@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +15,26 @@ from moiety.backends.weights import CLAMPED, ExpertWeights, activation, clamped_
 from moiety.moe.packed import MixedExperts, PackedExperts
 from moiety.routing import Routing
 
-__all__ = ["Experts", "FeedForward", "expert_seconds"]
+__all__ = ["Experts", "FeedForward", "Multiply", "Spread", "expert_seconds"]
+
+Multiply = Callable[[Tensor, Routing, ExpertWeights], Tensor]
+
+
+class Spread(Protocol):
+    """Brings tokens to experts that are in other processes: `moiety.parallel.expert_parallel`."""
+
+    @property
+    def ranks(self) -> int:
+        """In how many parts the experts are."""
+        ...
+
+    def send(self, x_TD: Tensor, routing: Routing) -> Any:
+        """Begin to send; what `multiply` takes."""
+        ...
+
+    def multiply(self, sent: Any, multiply: Multiply, weights: ExpertWeights) -> Tensor:
+        """What all experts make of it, (T, D)."""
+        ...
 
 
 def _parameter(*shape: int, device: torch.device | str | None, dtype: torch.dtype | None) -> nn.Parameter:
@@ -36,9 +57,13 @@ class Experts(nn.Module):
         bias: Add biases.
         backend: Who multiplies; "auto" lets `backends.choose` decide.
 
+    With `spread` set, these are this process's part of the experts and the routing is over all of them.
+
     Raises:
         ConfigError: no such activation or backend.
     """
+
+    spread: Spread | None = None
 
     def __init__(
         self,
@@ -103,10 +128,14 @@ class Experts(nn.Module):
             activation_limit=self.activation_limit,
         )
 
-    def forward(self, x_TD: Tensor, routing: Routing) -> Tensor:
-        """y[token] = sum of weight * expert(x[token]), (T, D), in x's dtype."""
+    def forward(self, x_TD: Tensor, routing: Routing, sent: Any = None) -> Tensor:
+        """y[token] = sum of weight * expert(x[token]), (T, D), in x's dtype; `sent` is what `spread` sent before."""
         name = backends.choose(self.backend, x_TD.device, x_TD.dtype).name
-        return backends.get(name).expert_mlp(x_TD, routing, self.weights(x_TD.dtype))
+        multiply, weights = backends.get(name).expert_mlp, self.weights(x_TD.dtype)
+        if self.spread is None:
+            return multiply(x_TD, routing, weights)
+        sent = self.spread.send(x_TD, routing) if sent is None else sent
+        return self.spread.multiply(sent, multiply, weights)
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from moiety.backends import cpu, cpu_routing
 from moiety.backends.matmul import multiply_into, multiply_rows, multiply_rows_back
 from moiety.errors import ConfigError, UsageError
+from moiety.moe.adapted import AdaptedExperts, AdaptedFeedForward, AdaptedRows
 from moiety.moe.capacity import Capacity, passes
 from moiety.moe.dense_gradient import dense_gradient
 from moiety.moe.experts import Experts, FeedForward
@@ -204,10 +205,12 @@ class MoE(nn.Module):
             "gated": gated,
             **like,
         }
-        self.experts: Experts | PackedExperts | MixedExperts | StreamedExperts | HostedExperts
+        self.experts: (
+            Experts | PackedExperts | MixedExperts | StreamedExperts | HostedExperts | AdaptedExperts
+        )
         stored = max(answers, default=experts - 1) + 1
         self.experts = Experts(d_model, d_ff, stored, bias=bias, backend=backend, **shape)
-        self.shared: FeedForward | PackedFeedForward | None
+        self.shared: FeedForward | PackedFeedForward | AdaptedFeedForward | None
         self.shared = FeedForward(d_model, shared_d_ff, bias=shared_bias, **shape) if shared_d_ff else None
         self.shared_gate = nn.Linear(d_model, 1, bias=False, **like) if shared_gate else None
         bias_E = None
@@ -227,6 +230,11 @@ class MoE(nn.Module):
         return self._unpacked().down
 
     def _unpacked(self) -> Experts:
+        if isinstance(self.experts, AdaptedExperts):
+            raise UsageError(
+                "the experts of this layer have adapters, which their weights alone leave out",
+                hint="merge or remove the adapters first (`moiety.model.adapters`)",
+            )
         if not isinstance(self.experts, Experts):
             raise UsageError(
                 "the experts of this layer are packed or elsewhere: it has no weights of theirs",
@@ -384,6 +392,7 @@ class MoE(nn.Module):
         cost_E: Tensor | None = None,
         step: int | None = None,
         seed: int | None = None,
+        adapters: AdaptedRows | None = None,
     ) -> MoEOutput:
         """Route every token and add up its experts' answers.
 
@@ -395,6 +404,7 @@ class MoE(nn.Module):
             cost_E: What using each expert costs, for `CostAware`.
             step: Of the training run, for schedules; None is after their end.
             seed: Of everything random; None draws one when needed.
+            adapters: Which tokens each adapter is for; None lets the active one serve all.
 
         Returns:
             `.output` of x's shape and `.routing` over the flattened tokens.
@@ -413,31 +423,60 @@ class MoE(nn.Module):
             seed=seed,
             sequences=max(x.shape[0], 1) if x.dim() == 3 else 1,
         )
-        y_TD = self._multiply(x_TD, routing)
-        if self.shared is not None:
-            shared_TD = self.shared(x_TD)
-            if self.shared_gate is not None:
-                shared_TD = self.shared_gate(x_TD).sigmoid() * shared_TD
+        sent = self._sent(x_TD, routing)  # on their way while the shared expert multiplies
+        shared_TD = None if sent is None else self._shared(x_TD, adapters)
+        y_TD = self._multiply(x_TD, routing, adapters, sent)
+        if sent is None:
+            shared_TD = self._shared(x_TD, adapters)
+        if shared_TD is not None:
             y_TD = y_TD + shared_TD
         return MoEOutput(y_TD.view(x.shape), routing)
+
+    def _sent(self, x_TD: Tensor, routing: Routing) -> Any:
+        """Tokens on their way to experts in other processes; None where there are none, or they set out later."""
+        experts = self.experts
+        if not isinstance(experts, Experts) or experts.spread is None or self.weigh_input:
+            return None
+        return experts.spread.send(x_TD, self.multiplied(routing))
+
+    def _shared(self, x_TD: Tensor, adapters: AdaptedRows | None) -> Tensor | None:
+        """What the shared expert answers, (T, D); None without one."""
+        if self.shared is None:
+            return None
+        adapted = isinstance(self.shared, AdaptedFeedForward)
+        shared_TD: Tensor = self.shared(x_TD, adapters) if adapted else self.shared(x_TD)
+        return shared_TD if self.shared_gate is None else self.shared_gate(x_TD).sigmoid() * shared_TD
 
     def multiplied(self, routing: Routing) -> Routing:
         """The pairs of stored experts that a routing of this layer means: null experts left out, merged ones as one."""
         real = routing if not self.null_experts else routing.first(self.choices - self.null_experts)
         return real.merged(self.answers) if self.answers else real
 
-    def _multiply(self, x_TD: Tensor, routing: Routing) -> Tensor:
+    def _experts(
+        self, x_TD: Tensor, routing: Routing, adapters: AdaptedRows | None, sent: Any = None
+    ) -> Tensor:
+        if isinstance(self.experts, AdaptedExperts):
+            y_TD: Tensor = self.experts(x_TD, routing, adapters)
+        elif sent is not None:
+            y_TD = self.experts(x_TD, routing, sent)
+        else:
+            y_TD = self.experts(x_TD, routing)
+        return y_TD
+
+    def _multiply(
+        self, x_TD: Tensor, routing: Routing, adapters: AdaptedRows | None, sent: Any = None
+    ) -> Tensor:
         """The routed experts' weighted sum, (T, D)."""
         if self.weigh_input:
-            return self._multiply_weighed_input(x_TD, routing)
+            return self._multiply_weighed_input(x_TD, routing, adapters)
         real = self.multiplied(routing)
         limit = None
         if self.capacity is not None and self.capacity.queues:
             limit = self.capacity.limit(routing, self.training)
         if limit is None:
-            y_TD: Tensor = self.experts(x_TD, real)
+            y_TD = self._experts(x_TD, real, adapters, sent)
         else:
-            y_TD = torch.stack([self.experts(x_TD, part) for part in passes(real, limit)]).sum(0)
+            y_TD = torch.stack([self._experts(x_TD, part, adapters) for part in passes(real, limit)]).sum(0)
         if self.null_experts and self.null_kind == "identity":
             null = slice(int(routing.counts_E[: -self.null_experts].sum()), None)
             null_N = routing.weight_N[null]
@@ -447,7 +486,7 @@ class MoE(nn.Module):
             y_TD = dense_gradient(y_TD, x_TD, routing, self._unpacked())
         return y_TD
 
-    def _multiply_weighed_input(self, x_TD: Tensor, routing: Routing) -> Tensor:
+    def _multiply_weighed_input(self, x_TD: Tensor, routing: Routing, adapters: AdaptedRows | None) -> Tensor:
         """Every pair is a token of its own, scaled before its expert and added up plainly."""
         x_ND = routing.gather(x_TD) * routing.weight_N[:, None].to(x_TD.dtype)
         alone = Routing(
@@ -456,7 +495,13 @@ class MoE(nn.Module):
             counts_E=routing.counts_E,
             tokens=routing.pairs,
         )
-        return x_TD.new_zeros(x_TD.shape).index_add(0, routing.token_N, self.experts(x_ND, alone))
+        if adapters is not None:  # tokens are pairs here
+            adapters = {
+                name: None if rows is None else torch.isin(routing.token_N, rows).nonzero()[:, 0]
+                for name, rows in adapters.items()
+            }
+        y_ND = self._experts(x_ND, alone, adapters)
+        return x_TD.new_zeros(x_TD.shape).index_add(0, routing.token_N, y_ND)
 
 
 @torch.no_grad()

@@ -1,33 +1,73 @@
 """Layers whose weights are packed: they stand where `nn.Linear`, `Experts` and `FeedForward` stood.
 
 Their tiles (`moiety/formats/tiles.py`) are buffers of bytes, so a change of dtype leaves them alone. Both projections
-of a routed expert lie together, in a buffer of the layer. They are multiplied with on a CPU and have no gradients:
-asking for one is an error.
+of a routed expert lie together, in a buffer of the layer. They are multiplied with on a CPU and never learn. A gradient
+passes through them to what comes before: then, and in training, one matrix at a time is unpacked and multiplied with in
+the dtype of the tokens. Otherwise the kernels multiply, which round tokens to eight bits where weights are integers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from moiety.backends import cpu
+from moiety.backends import adapted, cpu
+from moiety.backends.adapted import AdaptedWeights
+from moiety.backends.matmul import multiply_rows, multiply_rows_back
+from moiety.backends.weights import Matrices
 from moiety.errors import UsageError
-from moiety.formats.tiles import PackedWeight, Projection, expert_bytes, projections_in
+from moiety.formats.tiles import ROWS, PackedWeight, Projection, expert_bytes, projections_in
 from moiety.routing import Routing
 
-__all__ = ["MixedExperts", "PackedExperts", "PackedFeedForward", "PackedLinear", "only", "refuse_gradient"]
+__all__ = [
+    "MixedExperts",
+    "PackedExperts",
+    "PackedFeedForward",
+    "PackedLinear",
+    "autocast",
+    "only",
+    "passes_gradient",
+    "refuse_gradient",
+]
 
 
 def refuse_gradient(*inputs: Tensor) -> None:
-    """Raise UsageError where packed or streamed weights would have to pass a gradient on."""
-    if torch.is_grad_enabled() and any(one.requires_grad for one in inputs):
+    """Raise UsageError where experts that come and go would have to pass a gradient on."""
+    if passes_gradient(False, *inputs):
         raise UsageError(
-            "streamed or packed weights have no gradients, and pass none on",
-            hint="run under torch.no_grad(), or train the model before",
+            "streamed experts have no gradients, and pass none on",
+            hint="run under torch.no_grad(), or load the whole model",
         )
+
+
+def passes_gradient(training: bool, *inputs: Tensor) -> bool:
+    """True where a product with packed weights is one of training: exact, with a gradient for its rows."""
+    return torch.is_grad_enabled() and (training or any(one.requires_grad for one in inputs))
+
+
+def autocast(x: Tensor) -> Tensor:
+    """x in the dtype of products here and now."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+
+
+class _Through(torch.autograd.Function):
+    """x W^T with a W that is unpacked, once on the way forth and once on the way back; nothing is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x_ND: Tensor, weight: cpu.Unpacked) -> Tensor:
+        ctx.weight = weight
+        return multiply_rows(x_ND, weight[0])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_NF: Tensor) -> tuple[Tensor, None]:
+        return multiply_rows_back(grad_NF, ctx.weight[0]), None
 
 
 def _forget(module: nn.Module, keys: Any) -> None:
@@ -58,6 +98,7 @@ class PackedLinear(nn.Module):
         self.register_buffer("bias", None if bias is None else bias.detach())
         self.register_load_state_dict_post_hook(_forget)
         self._matrix: cpu.Matrix | None = None
+        self._flat: cpu.Matrix | None = None
 
     @property
     def projection(self) -> Projection:
@@ -88,15 +129,32 @@ class PackedLinear(nn.Module):
             self._matrix = cpu.Matrix(self.weight, self.bias)
         return self._matrix
 
+    def rows_of(self, x_ND: Tensor, counts_E: Tensor) -> Tensor:
+        """x W_e^T for rows sorted by expert, without the bias and whatever alternates in tiles, (N, F). No gradient."""
+        if self._flat is None:
+            half = self.rows // 2 if self.interleaved else self.rows
+            padded = -(-half // ROWS) * ROWS * 2 if self.interleaved else self.rows
+            self._flat = cpu.Matrix(replace(self.weight, rows=padded, interleaved=False))
+        y_NF = cpu.grouped_linear(x_ND, self._flat, counts_E)
+        if not self.interleaved:
+            return y_NF
+        halves = y_NF.unflatten(1, (-1, 2, ROWS)).transpose(1, 2).flatten(2)
+        both: Tensor = halves[:, :, : self.rows // 2].flatten(1)
+        return both
+
     def forget(self) -> None:
         """Drop what was made of tiles and bias: they are others now."""
-        self._matrix = None
+        self._matrix = self._flat = None
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) to (..., F), in x's dtype."""
         assert self.experts == 1, self.experts
-        refuse_gradient(x)
-        return cpu.linear(x, self.matrix)
+        if not passes_gradient(self.training, x):
+            return cpu.linear(x, self.matrix)
+        x = autocast(x)
+        y_NF: Tensor = _Through.apply(x.reshape(-1, x.shape[-1]), cpu.Unpacked(self.matrix, x.dtype))
+        y: Tensor = y_NF.view(*x.shape[:-1], self.rows)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
         super()._apply(fn, recurse)
@@ -105,7 +163,7 @@ class PackedLinear(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy makes its own matrix: addresses are not copied."""
-        return {**self.__dict__, "_matrix": None}
+        return {**self.__dict__, "_matrix": None, "_flat": None}
 
 
 class _PackedPair(nn.Module):
@@ -134,6 +192,23 @@ class _PackedPair(nn.Module):
         return cpu.PackedExpertWeights(
             up=up.matrix,
             down=self.down.matrix,
+            activation=self.activation,
+            gated=self.gated,
+            activation_limit=self.activation_limit,
+        )
+
+    def frozen(self, dtype: torch.dtype) -> AdaptedWeights:
+        """Both, as `adapted.expert_mlp` takes them: a matrix at a time."""
+        packed = self.weights
+
+        def of(bias: Tensor | None) -> Tensor | None:
+            return None if bias is None else bias.to(dtype)
+
+        return AdaptedWeights(
+            up=cpu.Unpacked(packed.up, dtype),
+            down=cpu.Unpacked(packed.down, dtype),
+            up_bias=of(packed.up.bias),
+            down_bias=of(packed.down.bias),
             activation=self.activation,
             gated=self.gated,
             activation_limit=self.activation_limit,
@@ -201,7 +276,8 @@ class PackedExperts(_PackedPair):
 
     def forward(self, x_TD: Tensor, routing: Routing) -> Tensor:
         """y[token] = sum of weight * expert(x[token]), (T, D), in x's dtype."""
-        refuse_gradient(x_TD, routing.weight_N)
+        if passes_gradient(self.training, x_TD, routing.weight_N):
+            return adapted.expert_mlp(x_TD, routing, self.frozen(x_TD.dtype))
         return cpu.expert_mlp(x_TD, routing, self.weights)
 
 
@@ -218,16 +294,24 @@ class PackedFeedForward(_PackedPair):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) to (..., D)."""
-        refuse_gradient(x)
         x_TD = x.reshape(-1, x.shape[-1])
-        tokens = len(x_TD)
-        everyone = Routing(
-            token_N=torch.arange(tokens),
-            weight_N=torch.ones(tokens),
-            counts_E=torch.tensor([tokens]),
-            tokens=tokens,
-        )
+        everyone = Routing.to_one(len(x_TD), x.device)
+        if passes_gradient(self.training, x):
+            x_TD = autocast(x_TD)
+            return adapted.expert_mlp(x_TD, everyone, self.frozen(x_TD.dtype)).view(x.shape)
         return cpu.expert_mlp(x_TD, everyone, self.weights).view(x.shape)
+
+
+class _Several:
+    """Matrices of several stacks under one numbering."""
+
+    def __init__(self, stacks: Sequence[Matrices], order: Sequence[tuple[int, int]]) -> None:
+        self._stacks, self._order = stacks, order
+        self.shape = (len(order), *stacks[0].shape[1:])
+
+    def __getitem__(self, expert: int) -> Tensor:
+        stack, place = self._order[expert]
+        return self._stacks[stack][place]
 
 
 class MixedExperts(nn.Module):
@@ -258,9 +342,29 @@ class MixedExperts(nn.Module):
         assert isinstance(first, PackedExperts), type(first)
         return first.d_model
 
+    def frozen(self, dtype: torch.dtype) -> AdaptedWeights:
+        """All experts, as `adapted.expert_mlp` takes them."""
+        stacks = [part.frozen(dtype) for part in self.parts if isinstance(part, PackedExperts)]
+        places = {e: (one, at) for one, part in enumerate(self.numbers) for at, e in enumerate(part)}
+        order = [places[expert] for expert in range(self.count)]
+
+        def biases(of: list[Tensor | None]) -> Tensor | None:
+            found = [one for one in of if one is not None]
+            assert len(found) in (0, len(of)), "all stacks have biases, or none"
+            return torch.stack([found[one][at] for one, at in order]) if found else None
+
+        return replace(
+            stacks[0],
+            up=_Several([one.up for one in stacks], order),
+            down=_Several([one.down for one in stacks], order),
+            up_bias=biases([one.up_bias for one in stacks]),
+            down_bias=biases([one.down_bias for one in stacks]),
+        )
+
     def forward(self, x_TD: Tensor, routing: Routing) -> Tensor:
         """As `PackedExperts`; a token's answers are added up stack by stack."""
-        refuse_gradient(x_TD, routing.weight_N)
+        if passes_gradient(self.training, x_TD, routing.weight_N):
+            return adapted.expert_mlp(x_TD, routing, self.frozen(x_TD.dtype))
         y_TD = torch.zeros_like(x_TD)
         for part, numbers in zip(self.parts, self.numbers, strict=True):
             mine = only(routing, torch.tensor(numbers))

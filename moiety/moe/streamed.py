@@ -138,8 +138,13 @@ class StreamedExperts(nn.Module):
         self.expert_bytes = {number: one.bytes for one in self._stacks for number in one.place_of}
         self.register_state_dict_pre_hook(refuse_saving)
 
-    def forward(self, x_TD: Tensor, routing: Routing) -> Tensor:
+    def forward(self, x_TD: Tensor, routing: Routing, foreseen: Routing | None = None) -> Tensor:
         """y[token] = sum of weight * expert(x[token]), (T, D), in x's dtype.
+
+        Args:
+            x_TD: Tokens, (T, D).
+            routing: Who gets which.
+            foreseen: What the next layer's router says of them, if it was asked already.
 
         Raises:
             FormatError, StorageError: an expert could not be had.
@@ -155,8 +160,8 @@ class StreamedExperts(nn.Module):
         answers: list[Tensor] = []
         with contextlib.closing(self.source.waves(self.layer, wanted)) as waves:
             for slot_of in waves:
-                if self.foresight is not None and len(x_TD) <= FEW_TOKENS:
-                    foresee(self.source, x_TD, self.foresight) if not answers else None
+                if self.foresight is not None and len(x_TD) <= FEW_TOKENS and not answers:
+                    foresee(self.source, x_TD, self.foresight, foreseen)
                 if alone and len(slot_of) == len(wanted):
                     self._stacks[0].put(slot_of)
                     return cpu.expert_mlp(x_TD, routing, self._stacks[0].weights)
@@ -203,13 +208,14 @@ class StreamedExperts(nn.Module):
         return routing.keep(~goes_N) if skipped else routing
 
 
-def foresee(source: Source, x_TD: Tensor, foresight: Foresight) -> None:
-    """Let a source guess what the next layer will want of these tokens."""
+def foresee(source: Source, x_TD: Tensor, foresight: Foresight, foreseen: Routing | None = None) -> None:
+    """Let a source guess what the next layer will want of these tokens; its router is asked if it was not yet."""
     moe, layer, ratio_D = foresight
-    routing = moe.multiplied(moe.route(x_TD if ratio_D is None else x_TD * ratio_D))
-    weight_of: dict[int, float] = {}
-    for expert, weight in zip(routing.expert_N.tolist(), routing.weight_N.tolist(), strict=True):
-        weight_of[expert] = weight_of.get(expert, 0.0) + weight
+    if foreseen is None:
+        foreseen = moe.route(x_TD if ratio_D is None else x_TD * ratio_D)
+    routing = moe.multiplied(foreseen)
+    weights = routing.weight_N.tolist()
+    weight_of = {expert: sum(weights[start:stop]) for expert, start, stop in routing.slices}
     best = sorted(weight_of, key=weight_of.__getitem__, reverse=True)
     source.guess(layer, best)
 

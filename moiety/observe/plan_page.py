@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import html
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moiety.errors import DependencyError, UsageError
 from moiety.storage import write_atomically
 
-__all__ = ["write_plan_page"]
+if TYPE_CHECKING:
+    from moiety.parallel.worth import Comparison
+
+__all__ = ["write_placement_page", "write_plan_page"]
 
 USES = ("weights", "kv", "activations", "runtime")
 
@@ -27,13 +32,7 @@ def write_plan_page(path: Path, found: Mapping[str, Any]) -> None:
     """
     if "layouts" not in found:
         raise UsageError(f"there is nothing to plot: {found['advice']}")
-    try:
-        from plotly import graph_objects
-        from plotly.subplots import make_subplots
-    except ImportError:
-        raise DependencyError(
-            "the page is drawn with plotly, which is not installed", hint="pip install 'moiety[report]'"
-        ) from None
+    graph_objects, make_subplots = _plotly()
     figure = make_subplots(
         rows=2, cols=1, subplot_titles=("memory, GiB", "tokens per second of all sequences")
     )
@@ -58,3 +57,52 @@ def write_plan_page(path: Path, found: Mapping[str, Any]) -> None:
         title=f"{found['name']}: {found['advice']}", barmode="stack", height=900, template="plotly_white"
     )
     write_atomically(path, figure.to_html(include_plotlyjs=True).encode())
+
+
+def write_placement_page(path: Path, name: str, found: Comparison) -> None:
+    """Of each way to hold experts the busiest rank of every layer, and what a token sends in a node and between nodes.
+
+    Args:
+        path: The page to write.
+        name: Of the model.
+        found: Of `parallel.worth.compare`.
+
+    Raises:
+        DependencyError: plotly is not installed.
+    """
+    graph_objects, make_subplots = _plotly()
+    titles = ("busiest rank over the mean, by layer", "KiB on links for a token, out and back")
+    figure = make_subplots(rows=2, cols=1, subplot_titles=titles)
+    for way in found.ways:
+        curve = graph_objects.Scatter(
+            x=list(found.layers), y=list(way.layer_imbalance), name=way.name, mode="lines+markers"
+        )
+        figure.add_trace(curve, row=1, col=1)
+    names = [f"{way.name}, once per {once}" for way in found.ways for once in way.token_bytes]
+    for kind, words in (("inside", "inside a node"), ("between", "between nodes")):
+        sizes = [getattr(size, kind) / 1024 for way in found.ways for size in way.token_bytes.values()]
+        figure.add_trace(graph_objects.Bar(x=names, y=sizes, name=words), row=2, col=1)
+    figure.update_xaxes(title_text="layer", row=1, col=1)
+    advice = "<br>".join(textwrap.wrap(found.advice, 110))
+    title = {
+        "text": f"{html.escape(name)}<br><sub>{advice}</sub>",
+        "yref": "container",
+        "y": 0.98,
+        "yanchor": "top",
+    }
+    figure.update_layout(
+        title=title, barmode="stack", height=1100, margin={"t": 220}, template="plotly_white"
+    )
+    write_atomically(path, figure.to_html(include_plotlyjs=True).encode())
+
+
+def _plotly() -> tuple[Any, Any]:
+    """Its objects, and what makes several charts."""
+    try:
+        from plotly import graph_objects
+        from plotly.subplots import make_subplots
+    except ImportError:
+        raise DependencyError(
+            "the page is drawn with plotly, which is not installed", hint="pip install 'moiety[report]'"
+        ) from None
+    return graph_objects, make_subplots

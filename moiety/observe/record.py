@@ -43,7 +43,12 @@ class Span(NamedTuple):
 
 
 def spans_of(
-    tokens_BS: Tensor, first: int = 0, *, valid_BS: Tensor | None = None, domain_BS: Tensor | None = None
+    tokens_BS: Tensor,
+    first: int = 0,
+    *,
+    valid_BS: Tensor | None = None,
+    domain_BS: Tensor | None = None,
+    lengths: Sequence[int] = (),
 ) -> list[Span]:
     """A batch as spans, each row a sequence of its own from position 0 on.
 
@@ -52,11 +57,15 @@ def spans_of(
         first: Number of the first sequence.
         valid_BS: False for padding.
         domain_BS: Domain of each token.
+        lengths: Of several sequences in one row.
     """
     if valid_BS is not None:
         tokens_BS = tokens_BS.masked_fill(~valid_BS, -1)
-    domains = [()] * len(tokens_BS) if domain_BS is None else domain_BS.tolist()
-    return [Span(first + row, 0, tokens, domains[row]) for row, tokens in enumerate(tokens_BS.tolist())]
+    rows = tokens_BS[0].split([*lengths]) if lengths else tokens_BS
+    domains: Sequence[Sequence[int]] = [()] * len(rows)
+    if domain_BS is not None:
+        domains = [one.tolist() for one in (domain_BS[0].split([*lengths]) if lengths else domain_BS)]
+    return [Span(first + row, 0, tokens.tolist(), domains[row]) for row, tokens in enumerate(rows)]
 
 
 class _Step(NamedTuple):

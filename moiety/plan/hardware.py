@@ -113,6 +113,7 @@ class Device:
         bandwidth: Of its memory.
         flops: By dtype: fp32, bf16, fp8, int8.
         link: To the next device, in one direction.
+        network: Of one device to another host, in one direction.
         host_link: To the host's memory.
         price: Dollars per hour.
         source: Of everything but the price.
@@ -129,6 +130,7 @@ class Device:
     source: str
     date: str
     price: Sourced | None = None
+    network: float = 12.5e9  # 100 Gbit/s Ethernet
 
 
 # (spot, on demand) of a reseller's list.
@@ -145,8 +147,13 @@ def _gpu(
     source: tuple[str, str],
     price: tuple[float, float] | Sourced | None = None,
     host_link: float = _PCIE4,
+    network: float = 12.5,
 ) -> Device:
-    """A row: GB, GB/s, TFLOP/s in bf16, fp8 (or int8) and fp32, link in GB/s, source and date, dollars an hour."""
+    """A row: GB, GB/s, TFLOP/s in bf16, fp8 (or int8) and fp32, link in GB/s, source and date, dollars an hour.
+
+    The network is a port for each device in the maker's own system: 400 Gbit/s in DGX H100 and HGX B200 and with eight
+    MI300X, 200 in DGX A100; else 100 Gbit/s Ethernet is assumed.
+    """
     listed = Sourced(Band(*price), _RUNPOD, "2026-03") if price and not isinstance(price, Sourced) else price
     return Device(
         name=name,
@@ -159,6 +166,7 @@ def _gpu(
         source=source[0],
         date=source[1],
         price=listed,
+        network=network * 1e9,
     )
 
 
@@ -185,14 +193,14 @@ _H100, _A100 = ("NVIDIA H100 datasheet", "2024-02"), ("NVIDIA A100 datasheet", "
 _DDR5 = "two channels of DDR5-5600, JEDEC JESD79-5; 8 cores assumed"
 _ADA, _AMPERE = ("NVIDIA Ada GPU architecture paper", "2023-01"), ("NVIDIA GA102 architecture paper", "2021-01")
 _LISTED = (
-    _gpu("h100", 80, 3350, (989, 1979, 67), 450, _H100, (2.69, 4.76), _PCIE5),
+    _gpu("h100", 80, 3350, (989, 1979, 67), 450, _H100, (2.69, 4.76), _PCIE5, 50),
     _gpu("h100-pcie", 80, 2000, (756, 1513, 51), 64, _H100, (1.99, 3.51), _PCIE5),
     _gpu("h800", 80, 3350, (989, 1979, 67), 200, _H800,
-         Sourced(Band(2, 2), "assumed in arXiv 2412.19437", "2024-12"), _PCIE5),
-    _gpu("h200", 141, 4800, (989, 1979, 67), 450, ("NVIDIA H200 datasheet", "2024-11"), (3.59, 6.35), _PCIE5),
-    _gpu("b200", 180, 7700, (2250, 4500, 75), 900, ("NVIDIA HGX B200 datasheet", "2025-03"), (5.98, 10.57), _PCIE5),
-    _gpu("a100", 80, 2039, (312, 624, 19.5), 300, _A100, (1.39, 2.45)),
-    _gpu("a100-40", 40, 1555, (312, 624, 19.5), 300, _A100),
+         Sourced(Band(2, 2), "assumed in arXiv 2412.19437", "2024-12"), _PCIE5, 50),
+    _gpu("h200", 141, 4800, (989, 1979, 67), 450, ("NVIDIA H200 datasheet", "2024-11"), (3.59, 6.35), _PCIE5, 50),
+    _gpu("b200", 180, 7700, (2250, 4500, 75), 900, ("NVIDIA HGX B200 datasheet", "2025-03"), (5.98, 10.57), _PCIE5, 50),
+    _gpu("a100", 80, 2039, (312, 624, 19.5), 300, _A100, (1.39, 2.45), network=25),
+    _gpu("a100-40", 40, 1555, (312, 624, 19.5), 300, _A100, network=25),
     _gpu("l4", 24, 300, (121, 242, 30.3), 32, ("NVIDIA L4 datasheet", "2023-03"), (0.44, 0.78)),
     _gpu("l40s", 48, 864, (362, 733, 91.6), 32, ("NVIDIA L40S datasheet", "2023-08"), (0.79, 1.40)),
     _gpu("rtx-3090", 24, 936, (71, 284, 35.6), 32, _AMPERE, (0.22, 0.39)),
@@ -200,7 +208,7 @@ _LISTED = (
     _gpu("rtx-5090", 32, 1792, (209, 419, 104.8), 64, ("NVIDIA RTX Blackwell architecture paper", "2025-01"),
          (0.69, 1.22), _PCIE5),
     _gpu("mi300x", 192, 5300, (1307, 2614, 163.4), 448, ("AMD MI300X datasheet", "2023-12"),
-         Sourced(Band(1.71, 1.85), "gpu.blog, TensorWave and Vultr", "2025"), _PCIE5),
+         Sourced(Band(1.71, 1.85), "gpu.blog, TensorWave and Vultr", "2025"), _PCIE5, 50),
     _host("m2-ultra", "mac", 192, 800, (27.2, 27.2), "Apple, 2023-06; arithmetic of 76 cores by clock", "2023-06"),
     _host("m3-ultra", "mac", 512, 819, (28.4, 28.4), "Apple, 2025-03; arithmetic of 80 cores by clock", "2025-03"),
     _host("m4-max", "mac", 128, 546, (17.2, 17.2), "Apple, 2024-10; arithmetic of 40 cores by clock", "2024-10"),

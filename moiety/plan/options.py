@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Literal
 
 from moiety.config import check_types, option, require
 from moiety.errors import ConfigError
@@ -57,14 +58,23 @@ class PlanOptions:
     capacity_factor: float = option(
         0.0, help="buffers of experts with this capacity, for a prompt; 0 is none"
     )
-    ranks: int = option(1, help="over which experts are spread: bytes on the links")
+    train_step: str = option(
+        "", help="tokens of a training step, 60M for instance; '' is 4 sequences a device"
+    )
+    ranks: int = option(1, help="over which experts are spread: bytes on the links, who holds what")
+    nodes: int = option(1, help="that these ranks are on, as many on each")
+    redundant: int = option(0, help="slots in each layer for copies of busy experts")
+    placement: Literal["auto", "hierarchical", "global"] = option(
+        "auto", help="pack experts by groups and nodes first, or over all ranks"
+    )
+    node_limit: int = option(0, help="as if no token were sent to more nodes than that; 0 is as routed")
     against: str = option("", help="another model, to say what is saved")
 
     def __post_init__(self) -> None:
         check_types(self)
-        for name in ("devices", "batch", "context", "prompt", "ranks", "train_context"):
+        for name in ("devices", "batch", "context", "prompt", "ranks", "nodes", "train_context"):
             require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("price", "tokens_per_s", "capacity_factor"):
+        for name in ("price", "tokens_per_s", "capacity_factor", "redundant", "node_limit"):
             require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must not be negative")
         require(
             self.hit_rate is None or 0 <= self.hit_rate <= 1,
@@ -82,8 +92,30 @@ class PlanOptions:
         for name in ("memory", "disk_rate"):
             if getattr(self, name):
                 size_bytes(getattr(self, name), name)
-        if self.train_tokens:
-            count_named(self.train_tokens, "train_tokens")
+        for name in ("train_tokens", "train_step"):
+            if getattr(self, name):
+                count_named(getattr(self, name), name)
+        require(
+            self.train_tokens != "" or not self.train_step,
+            "there is a training step and nothing to train on",
+            "add --train-tokens",
+        )
+        require(
+            self.ranks > 1
+            or (self.nodes, self.redundant, self.placement, self.node_limit) == (1, 0, "auto", 0),
+            f"nodes is {self.nodes}, redundant {self.redundant}, and ranks is 1",
+            "nodes, redundant, placement and node_limit say how experts are spread: add --ranks",
+        )
+        require(
+            self.ranks % self.nodes == 0,
+            f"ranks is {self.ranks}, nodes is {self.nodes}",
+            "the nodes must divide the ranks evenly",
+        )
+        require(
+            not self.train_tokens or self.devices == 1 or self.devices % self.ranks == 0,
+            f"devices is {self.devices}, ranks is {self.ranks}",
+            "devices to train on must be as many as the ranks, or a multiple",
+        )
         require(
             self.device == "cpu" or self.devices < 10**6,
             f"devices is {self.devices}; that many there are not",

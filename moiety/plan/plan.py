@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from moiety import cost
@@ -12,6 +12,7 @@ from moiety.config import Architecture, ModelConfig, require
 from moiety.fields import size_bytes
 from moiety.plan import estimate, search, speed
 from moiety.plan.hardware import API_PRICES, DEVICES, KINDS, Band, Device, Sourced, device_named
+from moiety.plan.links import ONCE, Cluster, exchange, sent
 from moiety.plan.options import PlanOptions, count_named
 from moiety.plan.profile import ROWS, Profile
 from moiety.plan.speed import Machine, Setting
@@ -345,26 +346,47 @@ def _always(config: ModelConfig, options: PlanOptions) -> dict[str, Any]:
 
 def _training(config: ModelConfig, options: PlanOptions, machine: Machine) -> dict[str, Any]:
     tokens = count_named(options.train_tokens, "train_tokens")
-    found = speed.training(config, machine, tokens, options.train_context)
+    count = max(machine.count, options.ranks)
+    machine = replace(machine, count=count)
+    step = count_named(options.train_step, "train_step") if options.train_step else 0.0
+    step = step or 4.0 * options.train_context * count
+    cluster = Cluster(device=machine.device, ranks=options.ranks, nodes=options.nodes)
+    spread = {"spread": cluster} if options.ranks > 1 else {}
+    if options.nodes > 1:
+        spread["inside_nodes"] = cluster.one_node
+    found = {
+        name: speed.training(config, machine, tokens, options.train_context, cluster=one, step_tokens=step)
+        for name, one in ({"alone": None} | spread).items()
+    }
+    chosen = found["spread" if spread else "alone"]
     price = machine.device.price.band if machine.device.price else Band(0, 0)
     price = Band(options.price, options.price) if options.price else price
     sizes = estimate.training_memory(config, options.batch * options.train_context)
-    result: dict[str, Any] = {name: band._asdict() for name, band in found.items()}
-    hours = found["device_hours"]
+    result: dict[str, Any] = {name: band._asdict() for name, band in chosen.items()}
+    hours = chosen["device_hours"]
     result["memory"] = sizes | {"total": sum(sizes.values())}
     result["devices_for_memory"] = estimate.devices_needed(sum(sizes.values()), machine.device)
     result["dollars"] = (
         {"low": hours.low * price.low, "high": hours.high * price.high} if price.high else None
     )
-    result["tokens"] = tokens
+    result |= {"tokens": tokens, "devices": count, "step_tokens": step, "steps": tokens / step}
     result["shares_reached"] = speed.TRAINING_SHARE._asdict()
+    if "inside_nodes" in found:
+        result["inside_nodes"] = {name: band._asdict() for name, band in found["inside_nodes"].items()}
     return result
 
 
 def _links(config: ModelConfig, options: PlanOptions, machine: Machine) -> dict[str, Any]:
-    """Bytes of a prompt on the links, and what they take at the link's rate."""
-    found = estimate.communication(config, options.prompt * options.batch, options.ranks)
-    return found | {
-        "seconds": found["bytes_per_rank"] / machine.device.link,
+    """Bytes of a prompt on the links, by how often a row is sent, and how long its all-to-alls take."""
+    tokens = options.prompt * options.batch
+    cluster = Cluster(device=machine.device, ranks=options.ranks, nodes=options.nodes)
+    row = 2 * 2 * config.d_model * tokens  # bfloat16, out and back
+    found = {once: sent(config, cluster, once).times(row) for once in ONCE}
+    rank_bytes = found["node"].times(1 / options.ranks)
+    seconds = exchange(cluster, rank_bytes, 2 * len(config.moe_layers))
+    return estimate.communication(config, tokens, options.ranks) | {
+        "links": {once: size._asdict() for once, size in found.items()},
+        "seconds": seconds._asdict(),
         "link_bytes_per_s": machine.device.link,
+        "network_bytes_per_s": machine.device.network,
     }

@@ -26,6 +26,7 @@ from moiety.config import ModelConfig
 from moiety.formats import FORMATS
 from moiety.plan.estimate import KV_BYTES, STEP_TOKENS
 from moiety.plan.hardware import DISK, KINDS, Band, Device, flops_of
+from moiety.plan.links import EXCHANGE, Cluster, Copies, Once, exchange, sent
 from moiety.plan.profile import ROWS, Figure, Profile
 from moiety.plan.weights import PLAIN, Stored
 
@@ -45,11 +46,10 @@ __all__ = [
 
 # Beyond the spread of the measured figures: what the model of a step leaves out, and a machine's other moments.
 MARGIN = Band(0.85, 1.25)
-# Of dense bfloat16 arithmetic while training a Mixture of Experts: OLMoE reached 0.19 on H100 (arXiv 2409.02060, 23,600
-# tokens/s of 1.3B active parameters), DeepSeek-V3 0.39 on H800 with 8-bit products (arXiv 2412.19437).
-TRAINING_SHARE = Band(0.18, 0.45)
-# Seconds until a small result has reached all devices of a host and is summed; assumed.
-EXCHANGE = Band(5e-6, 30e-6)
+# Of dense bfloat16 arithmetic while training, without the exchange of expert parallelism, which is counted apart: OLMoE
+# reached 0.188 on H100 (arXiv 2409.02060, 23,600 tokens/s of 1.3B active parameters, no expert parallelism), a dense
+# model of 405B 0.43 (arXiv 2407.21783, table 4). No run that docs/parallel-plan.md judges by is among them.
+TRAINING_SHARE = Band(0.18, 0.43)
 LINKS = "links between devices"
 MEMORY, COMPUTE, FIXED, DISK_WAIT, LINK_WAIT = (
     "memory bandwidth",
@@ -361,10 +361,58 @@ def read_share_limit(config: ModelConfig) -> int:
     return math.ceil(math.log(0.1) / math.log(stay)) if stay else 1
 
 
-def training(config: ModelConfig, machine: Machine, tokens: float, context: int) -> dict[str, Band]:
-    """Device hours and days of training on so many tokens, in sequences of `context`; nothing is computed twice."""
-    flops = tokens * cost.training_flops_per_token(config, (context + 1) // 2).total
-    peak = machine.device.flops["bf16"]
-    hours = Band(*(flops / peak / share / 3600 for share in (TRAINING_SHARE.high, TRAINING_SHARE.low)))
-    days = Band(hours.low / 24 / machine.count, hours.high / 24 / machine.count)
-    return {"device_hours": hours, "days": days}
+def training(
+    config: ModelConfig,
+    machine: Machine,
+    tokens: float,
+    context: int,
+    *,
+    cluster: Cluster | None = None,
+    step_tokens: float = 0.0,
+    row_bytes: float = 2.0,
+    once: Once = "node",
+    stages: int = 1,
+) -> dict[str, Band]:
+    """A step of training, and the hours and days of so many tokens; nothing is computed twice.
+
+    A step's seconds are computing, the all-to-alls of experts (out and back, forward and backward) and the summing of
+    gradients (bfloat16, each number sent twice): side by side at the lower end, one after the other at the upper.
+
+    Args:
+        config: The model's.
+        machine: All devices; as many as there are in the cluster, or a multiple.
+        tokens: To train on.
+        context: Of a sequence.
+        cluster: Over which experts are spread; None leaves out everything that devices tell one another.
+        step_tokens: Of all devices together; 0 is four sequences on each.
+        row_bytes: Of a number on its way, the mean of out and back.
+        once: How often a row is sent, as of `links.Once`.
+        stages: Of a pipeline, each of which holds its share of the layers.
+    """
+    devices, step_tokens = machine.count, step_tokens or 4 * context * machine.count
+    group = stages * (cluster.ranks if cluster else 1)
+    assert devices % group == 0, (devices, cluster, stages)
+    flops = cost.training_flops_per_token(config, (context + 1) // 2)
+    work = step_tokens * flops.total / machine.device.flops["bf16"] / devices
+    computing = Band(work / TRAINING_SHARE.high, work / TRAINING_SHARE.low)
+    parts = {"computing_seconds": computing}
+    if cluster is not None and devices > 1:
+        size = sent(config, cluster, once).times(4 * step_tokens / devices * config.d_model * row_bytes)
+        rounds = 4 * len(config.moe_layers) * step_tokens / devices / context
+        parts["exchange_seconds"] = exchange(cluster, size, rounds)
+        parts["gradient_seconds"] = _gradients(config, cluster, devices, stages)
+    step = Band(max(one.low for one in parts.values()), sum(one.high for one in parts.values()))
+    hours = Band(*(end * tokens / step_tokens * devices / 3600 for end in step))
+    days = Band(hours.low / 24 / devices, hours.high / 24 / devices)
+    return {"device_hours": hours, "days": days, "step_seconds": step, **parts}
+
+
+def _gradients(config: ModelConfig, cluster: Cluster, devices: int, stages: int) -> Band:
+    """Seconds of summing what devices hold alike: all but the experts, and experts where there are replicas."""
+    counts = cost.parameters(config)
+    experts = counts.components["routed_experts"]
+    copies = devices // (cluster.ranks * stages)
+    mine = (counts.total - experts) * (1 - stages / devices) + experts / cluster.ranks * (1 - 1 / copies)
+    size = 2 * 2 * mine / stages
+    alone = devices <= cluster.per_node
+    return exchange(cluster, Copies(size, 0.0) if alone else Copies(0.0, size))

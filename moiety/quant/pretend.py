@@ -60,12 +60,13 @@ def _fill(packed: PackedWeight) -> None:
     packed.tiles.copy_(few.repeat(-(-blocks // len(few)), 1, 1)[:blocks])
 
 
-def packed_model(config: ModelConfig, formats: str) -> Transformer:
-    """A model whose matrices are random tiles, and whose other weights are random float32.
+def packed_model(config: ModelConfig, formats: str, dtype: torch.dtype = torch.float32) -> Transformer:
+    """A model whose matrices are random tiles, and whose other weights are random.
 
     Args:
         config: The shape.
-        formats: As of `policy_named`; what it would leave unpacked is float32.
+        formats: As of `policy_named`; a matrix that it would leave unpacked is float32.
+        dtype: Of weights that are no packed matrices.
 
     Raises:
         ConfigError: no such format.
@@ -89,9 +90,8 @@ def packed_model(config: ModelConfig, formats: str) -> Transformer:
         install(model, path, [made])
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
-            filled = (
-                torch.ones(parameter.shape) if parameter.dim() == 1 else torch.randn(parameter.shape) * 0.02
-            )
+            filled = torch.empty(parameter.shape, dtype=dtype)  # of an embedding two would be too many
+            filled.fill_(1.0) if parameter.dim() == 1 else filled.normal_(std=0.02)
             setattr(module, name, torch.nn.Parameter(filled, requires_grad=False))
         for name, buffer in list(module.named_buffers(recurse=False)):
             if buffer.is_meta:  # biases of packed matrices, and of the choice of experts

@@ -17,6 +17,7 @@ from moiety.formats.numbers import dequantize
 from moiety.formats.numbers import quantize as codes_for
 from moiety.formats.policy import Policy, kind_of, policy_named
 from moiety.formats.tiles import ROWS, PackedWeight, pack_codes
+from moiety.model.adapters import refuse_adapters
 from moiety.model.slots import Group, Slot, install, packed_matrices, room, slots, source_of
 from moiety.model.transformer import Transformer
 from moiety.moe.packed import PackedLinear
@@ -89,8 +90,10 @@ def quantize(model: Transformer, policy: PolicyFunction) -> Receipt:
     Raises:
         ConfigError: a router, a norm or an embedding is given a format, one half of a feed-forward alone, or there is
             no such format.
+        UsageError: the model has an adapter.
         CheckFailed: a tensor was to be packed and is not.
     """
+    refuse_adapters(model, "pack the model without it")
     before = {name: (tuple(one.shape), one.nbytes) for name, one in model.state_dict().items()}
     places = slots(model)
     names = {name: shape for name, (shape, _) in before.items()}

@@ -90,12 +90,17 @@ class Served:
         """Changes with the vocabulary, and so with most models; a whole vocabulary is hashed once, not per request."""
         return f"fp_{self.tokenizer.fingerprint[:12]}"
 
+    @property
+    def names(self) -> dict[str, str]:
+        """What clients may call: the model, and the model with an adapter, `model:adapter`; and whose adapter it is."""
+        return {self.name: "", **{f"{self.name}:{one}": one for one in self.engine.adapters}}
+
     def check_name(self, model: str) -> None:
         """Refuse a request for another model."""
-        if model != self.name:
+        if model not in self.names:
             raise Refusal(
                 404,
-                f"there is no model {model[:100]!r}; here is {self.name!r}",
+                f"there is no model {model[:100]!r}; here is {', '.join(map(repr, self.names))}",
                 param="model",
                 code="model_not_found",
             )
@@ -178,6 +183,7 @@ def request_options(
     logprobs: int | None = None,
     prompt_logprobs: int | None = None,
     number: int = 0,
+    adapter: str = "",
 ) -> RequestOptions:
     """The engine's options for one answer.
 
@@ -187,6 +193,7 @@ def request_options(
         logprobs: How many best ones with each token; None gives no logarithms.
         prompt_logprobs: The same for the prompt's.
         number: Of the answer among those to one prompt: seeds are one apart.
+        adapter: Who answers.
 
     Raises:
         Refusal: values that do not go together.
@@ -217,6 +224,7 @@ def request_options(
             logit_bias={int(token): float(bias) for token, bias in (drawn.logit_bias or {}).items()},
             record_routing=bool(asked.return_routed_experts),
             salt=asked.prompt_cache_key or "",
+            adapter=adapter,
         )
     except MoietyError as error:
         raise refusal_of(error) from error
@@ -376,7 +384,7 @@ class EventStream(Response):
                         await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
                     else:
                         await pipe.freed()
-                        pipe.put(text)
+                        pipe.put(text.encode())
             last = self._done
         except Refusal as refusal:
             last = event_line(refusal.body, "error" if not self._done else "") + self._done
@@ -406,7 +414,7 @@ class Tap:
         def taken(events: Sequence[Event]) -> bool:
             if events[-1].reason is not None or not pipe.is_free:
                 return False
-            pipe.put("".join(form.filled(event.text) for event in events if event.text))
+            pipe.put("".join(form.filled(event.text) for event in events if event.text).encode())
             return True
 
         self._group.tap = taken

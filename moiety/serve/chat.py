@@ -68,7 +68,9 @@ async def chat(served: Served, asked: ChatRequest, request: Request) -> Response
     asks = [
         Ask(
             prompt=prompt,
-            options=request_options(asked, most=most, logprobs=logprobs, number=number),
+            options=request_options(
+                asked, most=most, logprobs=logprobs, number=number, adapter=served.names[asked.model]
+            ),
             constraint=made[number],
             shown=served.call_marks if _may_call(asked) else None,
         )
@@ -79,7 +81,7 @@ async def chat(served: Served, asked: ChatRequest, request: Request) -> Response
         "id": new_id("chatcmpl"),
         "object": "chat.completion.chunk" if asked.stream else "chat.completion",
         "created": int(time.time()),
-        "model": served.name,
+        "model": asked.model,
         "system_fingerprint": served.fingerprint,
     }
     if asked.stream:

@@ -65,7 +65,7 @@ async def complete(served: Served, asked: CompletionRequest, request: Request) -
         "id": new_id("cmpl"),
         "object": "text_completion",
         "created": int(time.time()),
-        "model": served.name,
+        "model": asked.model,
         "system_fingerprint": served.fingerprint,
     }
     if asked.stream:
@@ -97,6 +97,7 @@ def _options(served: Served, asked: CompletionRequest, prompt: list[int], number
         logprobs=asked.logprobs,
         prompt_logprobs=asked.logprobs if asked.echo else None,
         number=number,
+        adapter=served.names[asked.model],
     )
 
 

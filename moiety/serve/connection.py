@@ -73,11 +73,10 @@ class Pipe:
         if self._flow.write_paused:
             await self._flow.drain()
 
-    def put(self, piece: str) -> None:
+    def put(self, piece: bytes) -> None:
         """Write a piece, or nothing if it is empty: an empty chunk would be the last."""
         if piece and not self._transport.is_closing():
-            body = piece.encode()
-            self._transport.write(b"%x\r\n%b\r\n" % (len(body), body))
+            self._transport.write(b"%x\r\n%b\r\n" % (len(piece), piece))
 
 
 def pipe_of(scope: Scope) -> Pipe | None:

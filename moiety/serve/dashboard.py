@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, Protocol, final
 
@@ -25,10 +25,9 @@ from moiety.errors import DependencyError, MoietyError, UsageError
 from moiety.observe.inspect_page import HISTORY_MAX, history_of, render
 from moiety.observe.stats import RoutingHealth
 from moiety.serve.answers import EventStream, event_line
-from moiety.serve.gate import Gate
 from moiety.serve.refusal import Refusal, foreign_host
 
-__all__ = ["EVENTS", "PAGE", "Dashboard", "Source", "Totals", "show"]
+__all__ = ["EVENTS", "PAGE", "Counted", "Dashboard", "Source", "Totals", "show"]
 
 PAGE, EVENTS = "/dashboard", "/dashboard/events"
 PERIOD_S = 2.0
@@ -144,17 +143,31 @@ class Dashboard:
             self.watching -= 1
 
 
+class Counted(Protocol):
+    """What has counted where tokens went: an engine, or the sum of several."""
+
+    @property
+    def computed_tokens(self) -> int:
+        """Tokens that went through the model."""
+        ...
+
+    def expert_totals(self) -> Mapping[int, Tensor]:
+        """Of each layer the pairs of each expert since the start, (E,)."""
+        ...
+
+
 @final
 class Totals:
     """Loads of a served model's experts since its start, and between looks.
 
     Args:
-        gate: Of the server.
+        engine: Of the server.
         name: What clients call the model.
+        steps: How many were made.
     """
 
-    def __init__(self, gate: Gate, name: str) -> None:
-        self._engine, self._name = gate.engine, name
+    def __init__(self, engine: Counted, name: str, steps: Callable[[], int]) -> None:
+        self._engine, self._name, self._steps = engine, name, steps
         self._before: dict[int, Tensor] = {}
         self._points: list[Message] = []
 
@@ -179,7 +192,7 @@ class Totals:
             return None
         self._before, begins = totals, not self._points
         found = [_health(counts_E) for counts_E in between.values()]
-        step = self._engine.statistics().steps
+        step = self._steps()
         self._points += [
             {"step": step, "layer": layer, "max_vio": one.max_vio, "entropy": one.load_entropy, "dead": one.dead}
             for layer, one in zip(between, found, strict=True)

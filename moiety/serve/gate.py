@@ -153,12 +153,12 @@ class Gate:
         self._written = threading.Event()
         self._is_draining = False
         self._tokens_per_s = 0.0
-        self._thread = threading.Thread(target=self._work, name="moiety-engine", daemon=True)
+        self._thread: threading.Thread | None = None  # a fork would end one that is made before it
 
     @property
     def is_well(self) -> bool:
         """True if requests can be answered."""
-        return self._thread.is_alive() and not self._is_draining
+        return self._thread is not None and self._thread.is_alive() and not self._is_draining
 
     @property
     def live(self) -> int:
@@ -168,6 +168,7 @@ class Gate:
     def start(self) -> None:
         """Begin to make steps; called in the event loop."""
         self._loop = asyncio.get_running_loop()
+        self._thread = threading.Thread(target=self._work, name="moiety-engine", daemon=True)
         self._thread.start()
 
     def drain(self) -> None:

@@ -38,6 +38,9 @@ class ServeOptions:
 
     host: str = option("127.0.0.1", help="address to listen on; others than this machine's own need a key")
     port: int = option(8000, help="port to listen on; 0 takes a free one")
+    replicas: int = option(
+        1, help="engines behind the port, each in a process of its own with its share of threads"
+    )
     name: str = option("", help="what clients call the model; empty is its folder's or its hub name")
     queue_tokens: int = option(
         0, help="most prompt tokens that wait for their first answer; 0 is 16 times max_positions"
@@ -48,13 +51,25 @@ class ServeOptions:
     idle_s: int = option(20, help="seconds after which a connection that sends no whole request is closed")
     stall_s: int = option(60, help="seconds after which a client that does not read its answer is cut off")
     drain_s: int = option(8, help="seconds that answers may go on after SIGTERM")
+    rank_timeout: int = option(
+        600, help="under torchrun: seconds after which a silent process ends the others"
+    )
 
     def __post_init__(self) -> None:
         check_types(self)
         require(0 <= self.port <= 65535, f"port is {self.port}; allowed is 0 to 65535")
+        require(1 <= self.replicas <= 64, f"replicas is {self.replicas}; allowed is 1 to 64")
         require(bool(self.host), "host is empty; 127.0.0.1 is this machine alone")
         require(self.queue_tokens >= 0, f"queue_tokens is {self.queue_tokens}; it must not be negative")
-        for name in ("body_bytes", "header_bytes", "connections", "idle_s", "stall_s", "drain_s"):
+        for name in (
+            "body_bytes",
+            "header_bytes",
+            "connections",
+            "idle_s",
+            "stall_s",
+            "drain_s",
+            "rank_timeout",
+        ):
             require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be positive")
 
 

@@ -69,6 +69,8 @@ class RoutingTotals(TypedDict):
 
     layers: list[LayerLoad]
     counts: dict[str, list[int]]
+    tokens: int
+    steps: int
 
 
 class CompletionLogprobs(TypedDict):
@@ -240,9 +242,10 @@ class Models(TypedDict):
 
 
 class Health(TypedDict):
-    """Well."""
+    """Well; or of several replicas, counted from 0, some are down and the others answer."""
 
-    status: Literal["ok"]
+    status: Literal["ok", "degraded"]
+    down: NotRequired[list[int]]
 
 
 class Version(TypedDict):

@@ -44,7 +44,11 @@ async def respond(served: Served, asked: ResponsesRequest, request: Request) -> 
     prompt = await asyncio.to_thread(rendered, served, _messages(asked), [], {}, "input")
     constraint = (await asyncio.to_thread(served.grammars.made, grammar, 1, "text"))[0] if grammar else None
     most = room(served, prompt, asked.max_output_tokens, "input", "max_output_tokens")
-    ask = Ask(prompt=prompt, options=request_options(asked, most=most), constraint=constraint)
+    ask = Ask(
+        prompt=prompt,
+        options=request_options(asked, most=most, adapter=served.names[asked.model]),
+        constraint=constraint,
+    )
     answers = Answers(served, served.gate.submit([ask], in_pieces=bool(asked.stream)))
     reply = _Reply(served, asked, answers)
     if asked.stream:
@@ -86,7 +90,7 @@ class _Reply:
     def __init__(self, served: Served, asked: ResponsesRequest, answers: Answers) -> None:
         self._asked, self._answers = asked, answers
         self._id, self._item = new_id("resp"), new_id("msg")
-        self._name, self._created = served.name, int(time.time())
+        self._name, self._created = asked.model, int(time.time())
 
     def _body(self, status: Any, output: list[OutputMessage]) -> ResponseReply:
         asked = self._asked

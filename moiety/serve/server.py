@@ -7,9 +7,9 @@ import gc
 import hmac
 import logging
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from typing import TypeVar, final
+from typing import Any, Protocol, TypeVar, final
 
 import uvicorn
 from pydantic import BaseModel
@@ -25,13 +25,14 @@ from moiety.infer.engine import Engine
 from moiety.infer.open import Opened
 from moiety.infer.options import EngineOptions
 from moiety.infer.routed import load_summary
+from moiety.model.adapters import activate
 from moiety.model.template import ChatTemplate
 from moiety.serve.answers import Served
 from moiety.serve.body import parsed, read_body, validated
 from moiety.serve.chat import chat
 from moiety.serve.completions import complete
 from moiety.serve.connection import watched
-from moiety.serve.dashboard import EVENTS, PAGE, Dashboard, Totals
+from moiety.serve.dashboard import EVENTS, PAGE, Counted, Dashboard, Totals
 from moiety.serve.gate import Gate
 from moiety.serve.grammar import Grammars
 from moiety.serve.metrics import Metrics
@@ -42,7 +43,19 @@ from moiety.serve.replies import Model, RoutingTotals
 from moiety.serve.requests import NOT_SERVED, ChatRequest, CompletionRequest, ResponsesRequest
 from moiety.serve.responses import respond
 
-__all__ = ["Server", "app_of", "check_reach", "handle_signals", "served_of", "settle"]
+__all__ = [
+    "Server",
+    "Taking",
+    "app_of",
+    "cannot_listen",
+    "check_reach",
+    "guarded",
+    "handle_signals",
+    "routing_totals",
+    "served_of",
+    "settle",
+    "told",
+]
 
 Asked = TypeVar("Asked", bound=BaseModel)
 logger = logging.getLogger("moiety.serve")
@@ -54,6 +67,7 @@ def served_of(opened: Opened, engine: EngineOptions, options: ServeOptions) -> S
     Raises:
         ConfigError: options that do not fit the model, or a model that cannot be batched.
     """
+    activate(opened.model, "")  # clients say whose answer they want
     working = Engine(opened.model, opened.tokenizer, ends=opened.ends, options=engine)
     gate = Gate(working, queue_tokens=options.queue_tokens)
     template = opened.tokenizer.chat_template
@@ -84,7 +98,8 @@ def app_of(
         crowd: How many connections there are.
     """
 
-    dashboard = Dashboard(Totals(served.gate, served.name), ended=lambda: not served.gate.is_well)
+    totals = Totals(served.engine, served.name, lambda: served.engine.statistics().steps)
+    dashboard = Dashboard(totals, ended=lambda: not served.gate.is_well)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -97,9 +112,24 @@ def app_of(
         Route("/v1/completions", _asked(served, CompletionRequest, complete), methods=["POST"]),
         Route("/v1/chat/completions", _asked(served, ChatRequest, chat), methods=["POST"]),
         Route("/v1/responses", _asked(served, ResponsesRequest, respond), methods=["POST"]),
-        *_told(served, version, has_key=bool(key)),
+        *told(served, version, has_key=bool(key)),
         *dashboard.routes(),
     ]
+    return guarded(routes, lifespan, served, key=key, crowd=crowd)
+
+
+def guarded(
+    routes: Sequence[Route], lifespan: Any, served: Served, *, key: str, crowd: Callable[[], int]
+) -> ASGIApp:
+    """Routes behind the door, with every error in OpenAI's shape.
+
+    Args:
+        routes: What there is.
+        lifespan: What goes on from start to end.
+        served: The model.
+        key: What clients must send as bearer token; empty asks for none.
+        crowd: How many connections there are.
+    """
     inner = Starlette(
         routes=routes,
         lifespan=lifespan,
@@ -122,14 +152,17 @@ def _asked(
     return endpoint
 
 
-def _told(served: Served, version: str, *, has_key: bool) -> list[Route]:
+def told(served: Served, version: str, *, has_key: bool) -> list[Route]:
     """What can be looked up."""
-    model: Model = {
-        "id": served.name,
-        "object": "model",
-        "created": served.created,
-        "owned_by": "moiety",
-        "max_model_len": served.engine.max_positions,
+    models_of: dict[str, Model] = {
+        name: {
+            "id": name,
+            "object": "model",
+            "created": served.created,
+            "owned_by": "moiety",
+            "max_model_len": served.engine.max_positions,
+        }
+        for name in served.names
     }
     document = description(version, has_key=has_key)
 
@@ -139,19 +172,14 @@ def _told(served: Served, version: str, *, has_key: bool) -> list[Route]:
         return JSONResponse({"status": "ok"})
 
     async def models(request: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [model]})
+        return JSONResponse({"object": "list", "data": [*models_of.values()]})
 
     async def one_model(request: Request) -> Response:
         served.check_name(request.path_params["model"])
-        return JSONResponse(model)
+        return JSONResponse(models_of[request.path_params["model"]])
 
     async def routing(request: Request) -> Response:
-        totals = served.engine.expert_totals()
-        found: RoutingTotals = {
-            "layers": [{"layer": layer, **load_summary(counts_E)} for layer, counts_E in totals.items()],  # type: ignore[typeddict-item]
-            "counts": {str(layer): counts_E.tolist() for layer, counts_E in totals.items()},
-        }
-        return JSONResponse(found)
+        return JSONResponse(routing_totals(served.engine, served.engine.statistics().steps))
 
     async def metrics(request: Request) -> Response:
         return Response(served.metrics.page(), media_type="text/plain; version=0.0.4")
@@ -171,6 +199,17 @@ def _told(served: Served, version: str, *, has_key: bool) -> list[Route]:
         Route("/v1/models/{model:path}", one_model),
         Route("/v1/routing", routing),
     ]
+
+
+def routing_totals(counted: Counted, steps: int) -> RoutingTotals:
+    """What /v1/routing tells of an engine, or of several together, after so many steps."""
+    totals = counted.expert_totals()
+    return {
+        "layers": [{"layer": layer, **load_summary(counts_E)} for layer, counts_E in totals.items()],  # type: ignore[typeddict-item]
+        "counts": {str(layer): counts_E.tolist() for layer, counts_E in totals.items()},
+        "tokens": counted.computed_tokens,
+        "steps": steps,
+    }
 
 
 async def _refused(request: Request, error: Exception) -> Response:
@@ -251,6 +290,30 @@ def check_reach(host: str, key: str) -> None:
         )
 
 
+class Taking(Protocol):
+    """Who takes requests in: the gate of an engine here, or who hands them on."""
+
+    @property
+    def live(self) -> int:
+        """Answers that are not done."""
+        ...
+
+    def drain(self) -> None:
+        """Take nothing in from now on."""
+        ...
+
+    def stop(self) -> None:
+        """End every answer."""
+        ...
+
+
+def cannot_listen(options: ServeOptions) -> UsageError:
+    """The port is taken, or the address is not this machine's."""
+    return UsageError(
+        f"cannot listen on {options.host} port {options.port}", hint="is the port taken? try another"
+    )
+
+
 @final
 class Server:
     """A server over one model.
@@ -259,19 +322,33 @@ class Server:
         served: The model; tests look into it.
         key: What clients must send; empty asks for none.
         version: Of the program.
+        app: Makes the application.
+        taking: Who takes requests in, where it is not the model's gate.
+        path: Listen on a socket of the file system instead of host and port.
 
     Raises:
         UsageError: others could reach it, and there is no key.
     """
 
-    def __init__(self, served: Served, *, key: str = "", version: str = "unknown") -> None:
+    def __init__(
+        self,
+        served: Served,
+        *,
+        key: str = "",
+        version: str = "unknown",
+        app: Callable[..., ASGIApp] = app_of,
+        taking: Taking | None = None,
+        path: str | None = None,
+    ) -> None:
         options = served.options
         check_reach(options.host, key)
-        self.served = served
+        self.served, self._taking = served, taking or served.gate
+        self.inner: uvicorn.Server
         config = uvicorn.Config(
-            app_of(served, key=key, version=version, crowd=lambda: len(self.inner.server_state.connections)),
+            app(served, key=key, version=version, crowd=lambda: len(self.inner.server_state.connections)),
             host=options.host,
             port=options.port,
+            uds=path,
             http=watched(options.idle_s),  # type: ignore[arg-type]
             ws="none",
             log_level="warning",
@@ -298,26 +375,24 @@ class Server:
         """Take nothing more in, let answers go on for `drain_s`, and end; from any thread."""
         self.inner.should_exit = True
 
-    def run(self, ready: Callable[[], None] = lambda: None) -> None:
+    def run(self, ready: Callable[[], None] = lambda: None, sockets: list[Any] | None = None) -> None:
         """Serve until SIGTERM, Ctrl-C or `stop`.
 
         Args:
             ready: Called once it listens.
+            sockets: Bound ones to listen on, instead of host and port.
 
         Raises:
             UsageError: the port is taken.
         """
-        asyncio.run(self._run(ready))
+        asyncio.run(self._run(ready, sockets))
 
-    async def _run(self, ready: Callable[[], None]) -> None:
+    async def _run(self, ready: Callable[[], None], sockets: list[Any] | None) -> None:
         watching = asyncio.create_task(self._watch(ready))
         try:
-            await self.inner.serve()
+            await self.inner.serve(sockets)
         except SystemExit:  # uvicorn's way to say that it could not listen
-            options = self.served.options
-            raise UsageError(
-                f"cannot listen on {options.host} port {options.port}", hint="is the port taken? try another"
-            ) from None
+            raise cannot_listen(self.served.options) from None
         finally:
             watching.cancel()
 
@@ -328,11 +403,11 @@ class Server:
         ready()
         while not self.inner.should_exit:
             await asyncio.sleep(0.05)
-        self.served.gate.drain()
+        self._taking.drain()
         deadline = asyncio.get_running_loop().time() + self.served.options.drain_s
-        while self.served.gate.live and asyncio.get_running_loop().time() < deadline:
+        while self._taking.live and asyncio.get_running_loop().time() < deadline:
             await asyncio.sleep(0.05)
-        self.served.gate.stop()
+        self._taking.stop()
 
 
 def settle() -> None:

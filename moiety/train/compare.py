@@ -74,8 +74,7 @@ class Contender:
     def tokens_per_second(self) -> float:
         """Trained tokens over training time, the first tenth of the steps left out as warm-up."""
         records = self.records[len(self.records) // 10 :]
-        tokens = self.options.batch * self.options.accumulate * self.options.length
-        return tokens * len(records) / sum(record.step_seconds for record in records)
+        return sum(record.tokens for record in records) / sum(record.step_seconds for record in records)
 
 
 def race(

@@ -14,20 +14,30 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, final
+from typing import Any, NamedTuple, Protocol, final
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from moiety.errors import DataError, FormatError, StorageError, UsageError
+from moiety.errors import ConfigError, DataError, FormatError, StorageError, UsageError
 from moiety.model.tokenizer import Tokenizer, train_tokenizer
 from moiety.storage import write_atomically
 from moiety.train.corpus import Document, Split
 
-__all__ = ["IGNORED", "Batch", "TokenData", "build", "open_tokens", "prepare_tokenizer"]
+__all__ = [
+    "IGNORED",
+    "Batch",
+    "Preference",
+    "Source",
+    "TokenData",
+    "build",
+    "epoch_order",
+    "open_tokens",
+    "prepare_tokenizer",
+]
 
 IGNORED = -100
 LAYOUT = 1
@@ -230,7 +240,7 @@ def _write_split(
     return {path.name: _measure(path), index_path.name: _write_array(index_path, index)}
 
 
-def _order(sequences: int, seed: int, epoch: int) -> Integers:
+def epoch_order(sequences: int, seed: int, epoch: int) -> Integers:
     """The order of an epoch: ranks of raw Philox bits, which numpy promises never to change."""
     bits = np.random.Philox(key=seed + (epoch << 64))
     return np.argsort(bits.random_raw(sequences), kind="stable")
@@ -245,6 +255,9 @@ class Batch:
     `target_bytes` is the UTF-8 size of the scored targets. `sequences_seen` is the place after this
     batch: give it to `TokenData.batches(start=...)` to go on from here. `epoch` is that of the first
     sequence.
+
+    With `lengths` one row holds several sequences behind each other, of so many tokens each. `valid_BS` is False for
+    padding. With a `preference` the sequences come in pairs, and `sequences_seen` counts pairs.
     """
 
     tokens_BS: torch.Tensor
@@ -253,6 +266,75 @@ class Batch:
     target_bytes: int
     sequences_seen: int
     epoch: int
+    lengths: tuple[int, ...] = ()
+    valid_BS: torch.Tensor | None = None
+    preference: Preference | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that are no padding."""
+        return self.tokens_BS.numel() if self.valid_BS is None else int(self.valid_BS.sum())
+
+    def rows(self, part: slice) -> Batch:
+        """Some of the rows; everything else is that of the whole batch.
+
+        Raises:
+            ConfigError: sequences that are no rows of their own, or that belong together, and not all are asked for.
+        """
+        if part == slice(0, len(self.tokens_BS)):
+            return self
+        if self.lengths or self.preference is not None:
+            raise ConfigError(
+                "several sequences in one row, and pairs of answers, are not divided among processes",
+                hint="run it in one process",
+            )
+        return replace(
+            self,
+            tokens_BS=self.tokens_BS[part],
+            targets_BS=self.targets_BS[part],
+            domain_BS=self.domain_BS[part],
+            valid_BS=None if self.valid_BS is None else self.valid_BS[part],
+        )
+
+    @property
+    def scored(self) -> int:
+        """What the loss is a mean over: scored targets, or pairs."""
+        if self.preference is not None:
+            return len(self.preference.reference_N) // 2
+        return int((self.targets_BS != IGNORED).sum())
+
+
+class Preference(NamedTuple):
+    """Of N answers, a better and a worse one to each of N / 2 prompts in turn: what the model thought of them at first.
+
+    Args:
+        reference_N: Logarithm of each answer's probability, float64.
+        beta: How much the difference of their odds counts.
+    """
+
+    reference_N: torch.Tensor
+    beta: float
+
+
+class Source(Protocol):
+    """What can be trained on and evaluated: texts, or samples that are a sequence each."""
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """Names of what is evaluated apart."""
+        ...
+
+    def sizes(self, split: str = "train") -> dict[str, dict[str, int]]:
+        """By domain `documents`, `tokens` and `size_bytes` of `train` or `held_out`."""
+        ...
+
+    def batches(self, *, B: int, S: int, seed: int, start: int = 0) -> Iterator[Batch]:
+        """Training batches, the same from any `start` on as in one go."""
+        ...
+
+    def evaluation(self, domain: str, *, B: int, S: int, limit: int | None = None) -> Iterator[Batch]:
+        """The held-out part of a domain, in order."""
+        ...
 
 
 @final
@@ -372,7 +454,7 @@ class TokenData:
             for row in range(B):
                 epoch, place = divmod(start + row, per_epoch)
                 if epoch != order_epoch:
-                    order_epoch, order = epoch, _order(per_epoch, seed, epoch)
+                    order_epoch, order = epoch, epoch_order(per_epoch, seed, epoch)
                 at = int(order[place]) * S
                 window_BS[row] = tokens[at : at + S + 1]
                 document_S = np.searchsorted(starts, np.arange(at, at + S), side="right") - 1

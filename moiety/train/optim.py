@@ -22,6 +22,7 @@ def build_optimizer(
     router_scale: float,
     down_scale: float = 1.0,
     down_scales: Mapping[int, float] | None = None,
+    factors: Mapping[str, float] | None = None,
 ) -> torch.optim.AdamW:
     """AdamW (arXiv 1711.05101) over four groups: matrices with decay, norms and biases without, routers, down.
 
@@ -34,6 +35,7 @@ def build_optimizer(
         router_scale: Factor on the learning rate of routers (`gate.weight`, `gate.bias`).
         down_scale: Factor on that of the down projections of feed-forwards and routed experts, which decay too.
         down_scales: The same in layers where it is another one.
+        factors: A further one of single parameters, by name; their groups are split by it.
     """
     layers = {f"down {layer}": (weight_decay, scale) for layer, scale in (down_scales or {}).items()}
     settings = {
@@ -43,22 +45,23 @@ def build_optimizer(
         "down": (weight_decay, down_scale),
         **layers,
     }
-    groups: dict[str, list[tuple[str, nn.Parameter]]] = {group: [] for group in settings}
+    groups: dict[tuple[str, float], list[tuple[str, nn.Parameter]]] = {(group, 1.0): [] for group in settings}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             group = _group(name, parameter)
             own = f"{group} {name.split('.')[1]}" if group == "down" else group
-            groups[own if own in groups else group].append((name, parameter))
+            key = own if own in settings else group, (factors or {}).get(name, 1.0)
+            groups.setdefault(key, []).append((name, parameter))
     return torch.optim.AdamW(
         [
             {
                 "params": [parameter for _, parameter in members],
                 "names": [name for name, _ in members],
-                "group": group,
+                "group": group if factor == 1 else f"{group} x{factor:.6g}",
                 "weight_decay": settings[group][0],
-                "scale": settings[group][1],
+                "scale": settings[group][1] * factor,
             }
-            for group, members in groups.items()
+            for (group, factor), members in groups.items()
             if members
         ],
         lr=0.0,

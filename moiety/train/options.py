@@ -8,7 +8,7 @@ from typing import Literal
 from moiety.config import check_types, option, require
 from moiety.schedule import Schedule
 
-__all__ = ["SCHEDULES", "HeldOutOptions", "ScheduleName", "SurgeryOptions", "TrainOptions"]
+__all__ = ["SCHEDULES", "HeldOutOptions", "ScheduleName", "TrainOptions"]
 
 ScheduleName = Literal["cosine", "wsd"]
 SCHEDULES: tuple[ScheduleName, ...] = ("cosine", "wsd")
@@ -28,31 +28,6 @@ class HeldOutOptions:
         require(self.length >= 0, f"length is {self.length}; it must not be negative")
         for name in ("batch", "sequences", "bytes_per_domain"):
             require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be positive")
-
-
-@dataclass(frozen=True, kw_only=True)
-class SurgeryOptions:
-    """How many experts to leave, and what decides which."""
-
-    experts_per_layer: int = option(0, help="so many are left in every layer that has more")
-    drop_share: float = option(
-        0.0, help="of all experts this part goes, wherever it costs least: layers may differ"
-    )
-    plan: str = option("", help="a file that says what to do, as --dry-run --json or surgery.json has it")
-    by: str = option(
-        "", help="prune: reap, weight, load, random; merge: output, router, random; none: the first"
-    )
-    trace: str = option(
-        "", help="a trace of the model (--record) instead of running it on texts; not for all --by"
-    )
-    seed: int = option(0, help="of --by random")
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        require(
-            self.experts_per_layer >= 0, f"experts_per_layer is {self.experts_per_layer}; it must be positive"
-        )
-        require(0 <= self.drop_share < 1, f"drop_share is {self.drop_share}; allowed is above 0 and below 1")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,12 +30,12 @@ from moiety.train.options import TrainOptions
 __all__ = [
     "AlarmWatch",
     "RouterLosses",
-    "add_loads",
     "check_router_gradient",
     "coefficients",
     "down_scale",
     "down_scales",
     "forward",
+    "loads_of",
     "loss_terms",
     "moe_layers",
     "next_sparsity",
@@ -76,11 +76,31 @@ def down_scales(config: MoEConfig | None, options: TrainOptions) -> dict[int, fl
 
 
 def forward(model: Transformer, batch: Batch, options: TrainOptions, *, step: int, place: int) -> ModelOutput:
-    """One micro-batch through the model; what is random in its routers follows from the run's seed and place."""
+    """One micro-batch through the model; what is random in its routers follows from the run's seed and place.
+
+    Raises:
+        ConfigError: a balance loss of each sequence, and several sequences in one row.
+    """
+    if batch.lengths and (options.balance_scope == "sequence" or _has(options, "sequence")):
+        raise ConfigError(
+            "the balance loss of each sequence needs a row for each", hint="pad the samples: --no-pack"
+        )
+    valid_BS = batch.valid_BS
     device = next(model.parameters()).device
     with autocast(options.dtype, device):
         seed = (options.seed * 1_000_003 + step) * 4099 + place
-        return model(batch.tokens_BS.to(device), step=step, seed=seed)  # type: ignore[no-any-return]
+        output: ModelOutput = model(
+            batch.tokens_BS.to(device),
+            valid_BS=None if valid_BS is None else valid_BS.to(device),
+            lengths=batch.lengths,
+            step=step,
+            seed=seed,
+        )
+        return output
+
+
+def _has(options: TrainOptions, loss: str) -> bool:
+    return any(text.partition("=")[0] == loss for text in options.losses)
 
 
 def wrapped(router: Router, options: TrainOptions, config: MoEConfig) -> Router:
@@ -249,7 +269,9 @@ def step_loads(
     """Wanted pairs of every expert over all micro-batches of a step, from a forward pass of its own."""
     loads: dict[int, Tensor] = {}
     for place, batch in enumerate(batches):
-        add_loads(loads, forward(model, batch, options, step=step, place=place).routing)
+        output = forward(model, batch, options, step=step, place=place)
+        for layer, load_E in loads_of(output.routing).items():
+            loads[layer] = loads[layer] + load_E if layer in loads else load_E
     return loads
 
 
@@ -273,11 +295,9 @@ class AlarmWatch:
         return fresh
 
 
-def add_loads(loads: dict[int, Tensor], routings: Mapping[int, Routing]) -> None:
-    """Add the pairs that each expert was wanted for."""
-    for layer, routing in routings.items():
-        counts_E = balance.intended(routing).counts_E
-        loads[layer] = loads[layer] + counts_E if layer in loads else counts_E
+def loads_of(routings: Mapping[int, Routing]) -> dict[int, Tensor]:
+    """The pairs that each expert was wanted for, (E,) by layer."""
+    return {layer: balance.intended(routing).counts_E for layer, routing in routings.items()}
 
 
 def check_router_gradient(model: Transformer, batch: Batch, options: TrainOptions) -> None:
@@ -314,7 +334,7 @@ def check_router_gradient(model: Transformer, batch: Batch, options: TrainOption
 def update_biases(
     model: Transformer, loads: Mapping[int, Tensor], scores: Mapping[int, Sequence[Tensor]]
 ) -> None:
-    """Move every selection bias by the load of the whole step, or to the quantile of its scores.
+    """Move every selection bias by the load of the whole step, or to the quantile of its scores; no frozen router's.
 
     Args:
         model: Its biases change.
@@ -324,7 +344,7 @@ def update_biases(
     config = model.config.moe
     for layer, moe in moe_layers(model).items():
         bias_E = moe.selection_bias
-        if bias_E is None or config is None:
+        if bias_E is None or config is None or (moe.gate is not None and not moe.gate.weight.requires_grad):
             continue
         if config.bias_rule == "quantile":
             balance.quantile_bias(torch.cat(list(scores[layer])), bias_E, config.at(layer).experts_per_token)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,16 +14,21 @@ from moiety import cost
 from moiety.config import ModelConfig
 from moiety.errors import FormatError, UsageError
 from moiety.model.tokenizer import Tokenizer
+from moiety.model.transformer import Transformer
 from moiety.observe.alarm import batch_advice
+from moiety.observe.record import Recorder
+from moiety.parallel.mesh import World
 from moiety.storage import write_atomically
 from moiety.train import corpus
 from moiety.train.data import Batch, TokenData, build, prepare_tokenizer
+from moiety.train.loop import StepRecord, Stop, train
 from moiety.train.model_options import ModelOptions
 from moiety.train.options import HeldOutOptions, TrainOptions
 from moiety.train.routers import loss_terms
 from moiety.train.state import latest_checkpoint
 
 __all__ = [
+    "PLAN",
     "Opened",
     "RunPlan",
     "Text",
@@ -141,6 +146,27 @@ class Opened(NamedTuple):
     checkpoint: Path | None
     notes: tuple[str, ...]
 
+    def steps(
+        self,
+        folder: Path,
+        model: Transformer,
+        stop: Stop | None = None,
+        recorder: Recorder | None = None,
+        world: World | None = None,
+    ) -> Iterator[StepRecord]:
+        """Train; arguments and errors as of `loop.train`."""
+        return train(
+            model,
+            self.text.data,
+            self.plan.train,
+            run_folder=folder,
+            tokenizer=self.text.tokenizer,
+            resume=self.checkpoint,
+            stop=stop,
+            recorder=recorder,
+            world=world,
+        )
+
 
 def start(
     folder: Path,
@@ -230,6 +256,11 @@ def read_plan(run_folder: Path) -> RunPlan:
         raise FormatError(
             f"{path} is not JSON: {error}", hint="start the run anew in another folder"
         ) from error
+    if isinstance(values, dict) and "parent" in values:
+        raise UsageError(
+            f"{run_folder} holds a run of `moiety finetune`",
+            hint="go on with it by `moiety finetune --resume`",
+        )
     return configs.from_dict(RunPlan, values)
 
 

@@ -3,7 +3,10 @@
     run_folder/checkpoints/step-00001234/
         config.json, model.safetensors, tokenizer.json, ...    a model like any other
         state/optimizer.safetensors                            moments by parameter name, as they are
+        state/moments/                                         the same in the parts of several processes (`sharded`)
         state/rng.json, state/state.json                       random numbers; counters and options
+        state/learnt.safetensors, adapter/                     of a model with adapters, instead of the model: what
+                                                               learns, as it is; and the same as PEFT reads it
         manifest.json                                          over all of it
 
 Which checkpoint is the latest is worked out from what is whole on disk and never written down.
@@ -11,11 +14,12 @@ Which checkpoint is the latest is worked out from what is whole on disk and neve
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import random
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,13 +30,19 @@ import torch
 from moiety import storage
 from moiety.errors import FormatError, UsageError
 from moiety.model import checkpoint
+from moiety.model.adapter_files import save_adapter
+from moiety.model.adapters import names
 from moiety.model.checkpoint import Entry
+from moiety.model.parts import hollow
 from moiety.model.tokenizer import Tokenizer
 from moiety.model.transformer import Transformer
+from moiety.parallel.mesh import World
 
 __all__ = ["Latest", "RunState", "latest_checkpoint", "load_state", "read_state", "save_checkpoint"]
 
 STEP = re.compile(r"step-(\d{8,})")
+ADAPTER, LEARNT = "adapter", "state/learnt.safetensors"
+MOMENTS = "state/moments"  # of several processes; of one OPTIMIZER
 OPTIMIZER, RANDOM, STATE = "state/optimizer.safetensors", "state/rng.json", "state/state.json"
 GROUP_LISTS = ("params", "names")
 
@@ -81,6 +91,7 @@ def save_checkpoint(
     *,
     tokenizer: Tokenizer | None = None,
     keep_last: int = 2,
+    world: World | None = None,
 ) -> Path:
     """Write `run_folder/checkpoints/step-...`, then remove old checkpoints.
 
@@ -95,6 +106,7 @@ def save_checkpoint(
         state: Counters and options.
         tokenizer: Written beside the weights.
         keep_last: Checkpoints to keep, the new one included; at least 1.
+        world: The processes that have the model between them; all of them call this.
 
     Raises:
         StorageError: the system refused; every older checkpoint is still there.
@@ -104,26 +116,64 @@ def save_checkpoint(
         raise UsageError(
             f"keep_last is {keep_last}; it must be at least 1", hint="1 keeps the newest checkpoint only"
         )
+    world = world or World()
     parent = Path(run_folder) / "checkpoints"
     path = parent / f"step-{state.step:08}"
     moments = _moments(optimizer)
-    description = {"state": dataclasses.asdict(state), "groups": _groups(optimizer)}
-    needed_bytes = (
-        checkpoint.size_bytes(model) + sum(entry.size_bytes for entry in moments.values()) + (1 << 17)
-    )
-    if storage.has_manifest(path) and not _has_readable_manifest(path):
-        storage.set_aside(path)  # a damaged one must not stop the run that got back to its step
-    with storage.new_folder(path, needed_bytes=needed_bytes) as folder:
-        checkpoint.write_model(folder, model, tokenizer=tokenizer)
-        (folder / "state").mkdir()
-        checkpoint.write_tensors(folder / OPTIMIZER, moments)
-        _write(folder / RANDOM, _random_state())
-        _write(folder / STATE, description)
-    older = sorted((step, name) for step, name in _steps(parent) if step < state.step)
-    for _, name in older[: max(len(older) - (keep_last - 1), 0)]:
+    learnt = _learnt(model) if names(model) else {}
+    with _new_folder(path, _needed_bytes(model, moments, learnt, world), world) as folder:
+        if learnt:
+            checkpoint.write_tensors(folder / LEARNT, learnt)
+            save_adapter(model, folder / ADAPTER)
+        if world.mesh is not None:
+            from moiety.train import sharded  # what it imports takes 50 MiB
+
+            sharded.write(folder, model, moments, world, tokenizer)
+        else:
+            if not learnt:
+                checkpoint.write_model(folder, model, tokenizer=tokenizer)
+            entries = {key: Entry(tuple(one.shape), one.dtype, one.detach) for key, one in moments.items()}
+            checkpoint.write_tensors(folder / OPTIMIZER, entries)
+        with world.together():
+            if world.leads:
+                _write(folder / RANDOM, _random_state())
+                _write(folder / STATE, {"state": dataclasses.asdict(state), "groups": _groups(optimizer)})
+    if world.leads:
+        _remove_older(parent, state.step, keep_last - 1)
+    return path
+
+
+def _remove_older(parent: Path, step: int, keep: int) -> None:
+    older = sorted(one for one in _steps(parent) if one[0] < step)
+    for _, name in older[: max(len(older) - keep, 0)]:
         if _has_readable_manifest(parent / name) and not storage.foreign_files(parent / name):
             storage.remove_folder(parent / name)
-    return path
+
+
+@contextlib.contextmanager
+def _new_folder(path: Path, needed_bytes: int, world: World) -> Iterator[Path]:
+    """`storage.new_folder` with `state/` in it, made and sealed by the leader and filled by all processes."""
+    with contextlib.ExitStack() as stack:
+        place = path
+        with world.together():
+            if world.leads:
+                if storage.has_manifest(path) and not _has_readable_manifest(path):
+                    storage.set_aside(path)  # a damaged one must not stop the run that got back to its step
+                place = stack.enter_context(storage.new_folder(path, needed_bytes=needed_bytes))
+                (place / "state").mkdir()
+        yield Path(world.told(str(place)))
+        with world.together():
+            stack.close()
+
+
+def _needed_bytes(
+    model: Transformer, moments: Mapping[str, torch.Tensor], learnt: Mapping[str, Entry], world: World
+) -> int:
+    """Bytes of a checkpoint; with several processes a model's and twice as much."""
+    if world.mesh is not None:
+        return 3 * checkpoint.size_bytes(hollow(model.config)) + (1 << 17)
+    own_bytes = 2 * sum(one.size_bytes for one in learnt.values()) or checkpoint.size_bytes(model)
+    return own_bytes + sum(one.nbytes for one in moments.values()) + (1 << 17)
 
 
 def latest_checkpoint(run_folder: str | Path) -> Latest:
@@ -148,22 +198,30 @@ def latest_checkpoint(run_folder: str | Path) -> Latest:
     return Latest(None, tuple(damaged))
 
 
-def load_state(path: str | Path, model: Transformer, optimizer: torch.optim.Optimizer) -> RunState:
+def load_state(
+    path: str | Path, model: Transformer, optimizer: torch.optim.Optimizer, world: World | None = None
+) -> RunState:
     """Put a run back to where it was: weights, moments, group options, random numbers.
 
     Args:
         path: A checkpoint of `save_checkpoint`.
         model: Of the same config and dtype; overwritten.
         optimizer: Over the same parameters in the same groups; overwritten.
+        world: The processes that have the model between them, however many wrote the checkpoint.
 
     Raises:
         FormatError: damaged, or not of a run.
         StorageError: the system refused to read.
         UsageError: of another model, or the optimizer's groups are others.
     """
-    folder = storage.existing(path)
+    world, folder = world or World(), storage.existing(path)
     _require_manifest(folder)
-    checkpoint.load_weights(folder, model)  # verifies every file against the manifest first
+    if names(model):
+        storage.verify(folder)
+        _restore_learnt(folder, model)
+    else:
+        put = None if world.mesh is None else world.put
+        checkpoint.load_weights(folder, model, put)  # verifies every file against the manifest first
     state, groups = _read(folder)
     numbers = storage.read_json(storage.inside(folder, RANDOM))
     saved = [group["names"] for group in groups]
@@ -178,7 +236,7 @@ def load_state(path: str | Path, model: Transformer, optimizer: torch.optim.Opti
         for key, value in values.items():
             if key not in GROUP_LISTS:
                 group[key] = tuple(value) if isinstance(value, list) else value
-    _restore_moments(folder, optimizer)
+    _restore_moments(folder, optimizer, world)
     _restore_random(folder, numbers)
     return state
 
@@ -233,21 +291,28 @@ def _named(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     }
 
 
-def _moments(optimizer: torch.optim.Optimizer) -> dict[str, Entry]:
+def _moments(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """Every tensor of the optimizer's state as `parameter:kind`."""
-    entries = {}
+    moments = {}
     for name, parameter in _named(optimizer).items():
         for kind, value in optimizer.state.get(parameter, {}).items():
             assert isinstance(value, torch.Tensor), (name, kind, value)
-            entries[f"{name}:{kind}"] = Entry(tuple(value.shape), value.dtype, value.detach)
-    return entries
+            moments[f"{name}:{kind}"] = value
+    return moments
 
 
-def _restore_moments(folder: Path, optimizer: torch.optim.Optimizer) -> None:
+def _restore_moments(folder: Path, optimizer: torch.optim.Optimizer, world: World) -> None:
     """Put moments back as they were; `Optimizer.load_state_dict` would cast them to the parameters' dtype."""
     named = _named(optimizer)
     found: dict[str, dict[str, torch.Tensor]] = {}
-    for key, value in checkpoint.read_tensors(storage.inside(folder, OPTIMIZER)).items():
+    if (folder / MOMENTS).exists():
+        from moiety.train import sharded
+
+        stored = sharded.read_moments(folder, named, world)
+    else:
+        stored = checkpoint.read_tensors(storage.inside(folder, OPTIMIZER))
+        stored = {key: _part(key, whole, named, world) for key, whole in stored.items()}
+    for key, value in stored.items():
         name, _, kind = key.rpartition(":")
         parameter = named.get(name)
         if parameter is None or (value.dim() and value.shape != parameter.shape):
@@ -264,6 +329,42 @@ def _restore_moments(folder: Path, optimizer: torch.optim.Optimizer) -> None:
                 if on_device and "step" in kinds:
                     kinds["step"] = kinds["step"].to(parameter.device)
                 optimizer.state[parameter] = kinds
+
+
+def _part(
+    key: str, whole: torch.Tensor, parameters: Mapping[str, torch.Tensor], world: World
+) -> torch.Tensor:
+    """This process's part of one moment of a checkpoint that one process wrote."""
+    name = key.rpartition(":")[0]
+    if world.mesh is None or name not in parameters or whole.dim() == 0:
+        return whole
+    if world.cut(name, whole).shape != parameters[name].shape:
+        return whole  # the caller says what does not fit
+    moment = torch.zeros_like(parameters[name].detach(), dtype=whole.dtype)
+    world.put(name, moment, whole)
+    return moment
+
+
+def _learnt(model: Transformer) -> dict[str, Entry]:
+    """What of a model with adapters learns, and the selection biases of its routers, by our names."""
+    found = {
+        **{name: one for name, one in model.named_parameters() if one.requires_grad},
+        **{name: one for name, one in model.named_buffers() if name.endswith("selection_bias")},
+    }
+    return {name: Entry(tuple(one.shape), one.dtype, one.detach) for name, one in found.items()}
+
+
+def _restore_learnt(folder: Path, model: Transformer) -> None:
+    here, stored = _learnt(model), checkpoint.read_tensors(storage.inside(folder, LEARNT))
+    wrong = [name for name, one in here.items() if name in stored and stored[name].shape != one.shape]
+    if here.keys() != stored.keys() or wrong:
+        differing = sorted((here.keys() ^ stored.keys()) | set(wrong))
+        raise UsageError(
+            f"{folder} has other adapters than the model: {', '.join(differing)[:400]}",
+            hint="adapt the model as the run did",
+        )
+    for name, one in here.items():
+        one.fetch().copy_(stored[name])
 
 
 def _random_state() -> dict[str, Any]:

@@ -7,28 +7,29 @@ in memory are one block and the hidden states of the text.
 from __future__ import annotations
 
 import functools
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moiety import cost, storage, tracefile
-from moiety.config import ModelConfig
 from moiety.errors import ConfigError, DataError, UsageError
-from moiety.model import checkpoint, layout
-from moiety.model.convert import keep_beside, read_tokenizer
-from moiety.model.layerwise import run, shapes_of
+from moiety.model import checkpoint
+from moiety.model.convert import read_tokenizer, write_beside
+from moiety.model.layout import write_json
 from moiety.model.load import is_switch
-from moiety.model.transformer import Transformer
+from moiety.model.parts import Parts, hollow, run
 from moiety.moe import surgery
+from moiety.moe.layer import MoE
 from moiety.moe.surgery import Evidence, Kind, Plan, Round
+from moiety.routing import Routing
 from moiety.train.data import Batch
 from moiety.train.evaluate import real_tokens
-from moiety.train.options import HeldOutOptions, SurgeryOptions
+from moiety.train.expert_options import SurgeryOptions
+from moiety.train.options import HeldOutOptions
 from moiety.train.quality import Quality, row, sums_of
 from moiety.train.run import held_out
 
@@ -73,40 +74,35 @@ def operate(
     """
     by = _criterion(kind, options)
     _refuse(place, target)
-    with checkpoint.opened(layout.checked_folder(place)) as stored:
-        surgery.check_model(stored.config, kind)
-        read = stored.reader(shapes_of(stored.config))
-        longest = stored.config.max_positions
-        batches, notes = held_out(sources, read_tokenizer(place), longest, text)
+    with checkpoint.open_parts(place) as parts:
+        surgery.check_model(parts.config, kind)
+        batches, notes = held_out(sources, read_tokenizer(place), parts.config.max_positions, text)
         for note in notes:
             say(note)
         seen, scored = _halves(batches)
-        evidence = _evidence(kind, by, stored.config, read, seen, options, say)
-        plan = _plan(kind, by, stored.config, read, evidence, options)
-        changed = _Changed(stored.config, read, plan, evidence, align)
-        config = surgery.after(stored.config, plan)
+        evidence = _evidence(kind, by, parts, seen, options, say)
+        plan = _plan(kind, by, parts, evidence, options)
+        changed = _Changed(parts, plan, evidence, align)
+        left = Parts(config=surgery.after(parts.config, plan), dtypes=parts.dtypes, read=changed)
         say(f"scoring both models on {sum(tokens_BS.numel() for tokens_BS, _ in _inputs(scored)):,} tokens")
         said = {
             **plan.said(),
             "by": by or "the plan",
             "criterion": surgery.CRITERIA[kind].get(by, "given"),
             "aligned": align and kind == "merge",
-            **_compared(place, read, changed, stored.config, config, scored),
+            **_compared(place, parts, left, scored),
         }
         if target is not None:
-            _write(place, target, _meta(config, read), changed, said)
+            _write(place, target, left, said)
     return said
 
 
-def _write(
-    place: Path, target: str | Path, model: Transformer, changed: _Changed, said: dict[str, Any]
-) -> None:
+def _write(place: Path, target: str | Path, left: Parts, said: dict[str, Any]) -> None:
     """The folder, its receipt in it, and in the receipt how it is laid out."""
-    with storage.new_folder(target, needed_bytes=_bytes(model) + (1 << 24)) as folder:
-        choice = checkpoint.write_model(folder, model, read=changed)
-        keep_beside(place, folder)
-        said["layout"] = f"{choice.family.model_type} ({choice.reason})"
-        layout.write_json(folder / RECEIPT, said)
+    model = hollow(left.config, left.dtypes)
+    with storage.new_folder(target, needed_bytes=checkpoint.size_bytes(model) + (1 << 24)) as folder:
+        said["layout"] = write_beside(folder, model, place, fetch=left.fetch)
+        write_json(folder / RECEIPT, said)
 
 
 def _criterion(kind: Kind, options: SurgeryOptions) -> str:
@@ -160,8 +156,7 @@ def _inputs(batches: Batches) -> list[tuple[Tensor, Tensor | None]]:
 def _evidence(
     kind: Kind,
     by: str,
-    config: ModelConfig,
-    read: checkpoint.Reader,
+    parts: Parts,
     seen: Batches,
     options: SurgeryOptions,
     say: Callable[[str], object],
@@ -173,67 +168,70 @@ def _evidence(
                 "a trace does not say what experts answered", hint="--by router, or leave --trace out"
             )
         needs = "weight" if by == "weight" else "load"
-        return surgery.evidence_of_trace(tracefile.read(options.trace), config, needs if by != "reap" else by)
+        return surgery.evidence_of_trace(
+            tracefile.read(options.trace), parts.config, needs if by != "reap" else by
+        )
     if kind == "prune" and options.plan:
         return {}
-    moe = config.moe
+    config, moe = parts.config, parts.config.moe
     assert moe is not None
     width = config.d_model if by == "output" else 0
     found = {layer: Evidence.of(moe.at(layer).experts, width) for layer in config.moe_layers}
     inputs = _inputs(seen)
     say(f"looking at experts on {sum(tokens_BS.numel() for tokens_BS, _ in inputs):,} tokens")
-    run(config, read, inputs, lambda layer, *what: found[layer].add(*what))
+
+    def see(layer: int, module: nn.Module, x_TD: Tensor, routing: Routing | None) -> None:
+        if routing is not None:
+            assert isinstance(module, MoE), type(module)
+            found[layer].add(module, x_TD, routing)
+
+    run(parts, inputs, see)
     return found
 
 
 def _plan(
     kind: Kind,
     by: str,
-    config: ModelConfig,
-    read: checkpoint.Reader,
+    parts: Parts,
     evidence: Mapping[int, Evidence],
     options: SurgeryOptions,
 ) -> Plan:
     if options.plan:
-        plan = surgery.plan_from(storage.read_json(Path(options.plan)), config)
+        plan = surgery.plan_from(storage.read_json(Path(options.plan)), parts.config)
         if plan.kind != kind:
             raise ConfigError(f"{options.plan} is a plan to {plan.kind}", hint=f"moiety {plan.kind}")
         return plan
     rounds: dict[int, list[Round]] = {}
-    assert config.moe is not None
+    moe = parts.config.moe
+    assert moe is not None
     for layer, found in evidence.items():
-        one = config.moe.at(layer)
+        one = moe.at(layer)
         if kind == "prune":
             rounds[layer] = surgery.drops(found.score_E(by, options.seed + layer), one)
             continue
         point_EX = found.output_ED
         if by == "router":
             gate = f"blocks.{layer}.feed_forward.gate.weight"
-            if gate not in read.shapes:
+            if gate not in parts.dtypes:
                 raise ConfigError(f"router {one.router!r} has no rows to compare", hint="--by output")
-            point_EX = torch.nn.functional.normalize(read(gate)[: one.experts].double())
+            point_EX = torch.nn.functional.normalize(parts.read(gate)[: one.experts].double())
         elif by == "random":
             point_EX = torch.randn(
                 one.experts, 16, generator=torch.Generator().manual_seed(options.seed + layer)
             )
         assert point_EX is not None, by
         rounds[layer] = surgery.merges(point_EX, one)
-    return surgery.allocate(rounds, config, kind, experts=options.experts_per_layer, share=options.drop_share)
+    return surgery.allocate(
+        rounds, parts.config, kind, experts=options.experts_per_layer, share=options.drop_share
+    )
 
 
 class _Changed:
     """The tensors of the model afterwards, each made when it is asked for; the last one is kept."""
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        read: checkpoint.Reader,
-        plan: Plan,
-        evidence: Mapping[int, Evidence],
-        align: bool,
-    ) -> None:
-        assert config.moe is not None
-        self._moe, self._read, self._plan, self._evidence = config.moe, read, plan, evidence
+    def __init__(self, parts: Parts, plan: Plan, evidence: Mapping[int, Evidence], align: bool) -> None:
+        assert parts.config.moe is not None
+        self._moe, self._read, self._plan, self._evidence = parts.config.moe, parts.read, plan, evidence
         self._align = align and plan.kind == "merge"
         self._orders: dict[int, dict[int, Tensor]] = {}
         self._last = functools.lru_cache(maxsize=1)(self._made)
@@ -273,47 +271,26 @@ class _Changed:
         return found
 
 
-def _meta(config: ModelConfig, read: checkpoint.Reader) -> Transformer:
-    """The model without content, each tensor of the type that it is read as."""
-    with torch.device("meta"):
-        model = Transformer(config, initialize=False)
-        state = {
-            name: torch.empty(shape, dtype=read.dtype(name)) for name, shape in shapes_of(config).items()
-        }
-    model.load_state_dict(state, assign=True)
-    return model.eval()
-
-
-def _bytes(model: Transformer) -> int:
-    return sum(math.prod(one.shape) * one.dtype.itemsize for one in model.state_dict().values())
-
-
-def _compared(
-    place: Path,
-    read: checkpoint.Reader,
-    changed: _Changed,
-    before: ModelConfig,
-    after: ModelConfig,
-    scored: Batches,
-) -> dict[str, Any]:
+def _compared(place: Path, parts: Parts, left: Parts, scored: Batches) -> dict[str, Any]:
     """Both models' sizes, and what they make of the same text, domain by domain."""
-    outputs = {"before": run(before, read, _inputs(scored)), "after": run(after, changed, _inputs(scored))}
-    figures: dict[str, dict[str, Quality]] = {name: {} for name in outputs}
+    both = {"before": parts, "after": left}
+    outputs = {name: run(one, _inputs(scored)) for name, one in both.items()}
+    figures: dict[str, dict[str, Quality]] = {name: {} for name in both}
     for name, made in outputs.items():
         pairs = zip(outputs["before"], made, strict=True)
         for domain, part in scored.items():
-            sums = [sums_of(*next(pairs), one.targets_BS, before.vocab_size) for one in part]
+            sums = [sums_of(*next(pairs), one.targets_BS, parts.config.vocab_size) for one in part]
             figures[name][domain] = Quality.of(sums, sum(one.target_bytes for one in part))
-    counts = [cost.parameters(one) for one in (before, after)]
-    was, now = before.moe, after.moe
+    counts = [cost.parameters(one.config) for one in both.values()]
+    was, now = parts.config.moe, left.config.moe
     assert was is not None and now is not None
     return {
         "model": str(place),
         "parameters": [one.total for one in counts],
         "active_parameters": [one.active for one in counts],
-        "experts": [[layer, was.at(layer).stored, now.at(layer).stored] for layer in before.moe_layers],
+        "experts": [[layer, was.at(layer).stored, now.at(layer).stored] for layer in parts.config.moe_layers],
         "quality": [
-            row(str(place), name, _bytes(_meta(config, read)), figures[name])
-            for name, config in (("before", before), ("after", after))
+            row(str(place), name, checkpoint.size_bytes(hollow(one.config, one.dtypes)), figures[name])
+            for name, one in both.items()
         ],
     }

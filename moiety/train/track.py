@@ -47,6 +47,8 @@ def values_of(record: StepRecord) -> dict[str, float]:
         values["bits_per_byte/mean"] = record.evaluation.mean_bits_per_byte
         for domain, bits in record.evaluation.bits_per_byte.items():
             values[f"bits_per_byte/{domain}"] = bits
+        values |= {f"held_out_loss/{domain}": loss for domain, loss in record.evaluation.losses.items()}
+        values |= {f"preferred/{domain}": share for domain, share in record.evaluation.preferred.items()}
     return {
         name: float(value) for name, value in values.items() if value is not None and math.isfinite(value)
     }

@@ -14,7 +14,10 @@ from moiety.backends import cpu
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNEL_TESTS = (
-    *(f"tests/backends/test_{name}.py" for name in ("cpu", "cpu_routing", "cpu_limits", "cpu_attention")),
+    *(
+        f"tests/backends/test_{name}.py"
+        for name in ("cpu", "cpu_routing", "cpu_limits", "cpu_attention", "cpu_softmax")
+    ),
     "tests/model/test_fused.py",
 )
 

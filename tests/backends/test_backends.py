@@ -281,7 +281,7 @@ def test_same_bits_every_time(backend: str, dtype: torch.dtype) -> None:
 def chunks_of(case: Case, dtype: torch.dtype) -> list[grouped.Chunk]:
     chosen_TE = problem_of(case).chosen_TE
     routing = routing_of(chosen_TE, chosen_TE.float())
-    return grouped._chunks(routing.slices, dtype, (2 * case.d_ff, case.d_model, case.d_ff))
+    return grouped._chunks(routing.slices, dtype, (2 * case.d_ff, case.d_model, case.d_ff), False)
 
 
 @pytest.mark.parametrize("onednn", [False, True])
@@ -490,5 +490,5 @@ def test_a_large_expert_reaches_past_the_small_ones_behind_it(counts: tuple[int,
     for dtype in (torch.float32, torch.bfloat16):
         Problem(chosen_TE, d_model=16, d_ff=24, bias=bias).compare(by("grouped"), dtype)
     slices = routing_of(chosen_TE, chosen_TE.double()).slices
-    chunks = grouped._chunks(slices, torch.float64, (16, 24))
+    chunks = grouped._chunks(slices, torch.float64, (16, 24), False)
     assert any(chunk.reach > sum(counts) for chunk in chunks[:-1]) == (counts[-1] < 10 and len(counts) > 1)

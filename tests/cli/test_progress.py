@@ -23,6 +23,7 @@ def _record(step: int, **changes: object) -> StepRecord:
     record = StepRecord(
         state=RunState(step=step),
         loss=1.2345,
+        tokens=256,
         router_losses={"load": 1.0, "z": 1.0},
         gradient_norm=1.0,
         learning_rate=1e-3,

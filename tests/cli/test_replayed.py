@@ -134,3 +134,58 @@ def test_replay_refusals(call: Call, drawn: Path, tmp_path: Path) -> None:
     call("plan", "--trace", drawn, "--budgets", "x%").assert_refused(2, "x%", hint="25%,50%")
     call("plan", "--trace", drawn, "--budgets", "50%,-5%").assert_refused(2, "-5%")
     call("plan", "--trace", __file__).assert_refused(1, "not a whole trace")
+
+
+def test_experts_are_placed_by_a_trace(call: Call, tmp_path: Path) -> None:
+    draw = np.random.default_rng(0)
+    counts_LE = np.stack([draw.permutation(np.arange(1, 65) ** -0.6) for _ in range(16)])
+    file, page = tmp_path / "skewed", tmp_path / "placed.html"
+    tracefile.write(file, from_counts(counts_LE, k=8, tokens=200))
+    words = ("plan", "olmoe-1b-7b", "--ranks", 8, "--nodes", 2, "--trace", file, "--device", "h100")
+    said = call(*words, "--redundant", 8, "--plot", page, columns=80)
+    assert said.code == 0 and f"{page} is written" in " ".join(said.err.split())
+    text = " ".join(said.out.split())
+    assert text.startswith("placing experts anew pays: the busiest rank has 1.")
+    for part in ("judged by the second half", "in order", "balanced", "all in every node", "once per node"):
+        assert part in text, part
+    assert max(map(len, said.out.splitlines())) <= 80
+    drawing = page.read_text()
+    assert "busiest rank over the mean" in drawing and "balanced, once per node" in drawing
+    found = call(*words, "--redundant", 8, "--json").json
+    assert found["name"] == "olmoe-1b-7b" and len(found["ways"]) == 3
+    assert np.array(found["ways"][1]["expert_of_slot"]).shape == (16, 8, 9)
+    assert found["ways"][0]["imbalance"] > found["ways"][1]["imbalance"] >= 1
+    limited = call(*words, "--node-limit", 1, "--json").json["ways"][0]
+    assert 0 < limited["limited_bytes"]["between"] < limited["token_bytes"]["node"]["between"]
+
+
+def test_placing_is_refused_with_what_to_do(call: Call, drawn: Path) -> None:
+    for words, part in (
+        (("--trace", drawn), "it wants a model"),
+        (("olmoe-1b-7b", "--trace", drawn, "--policies", "lru"), "no policies, budgets or training"),
+        (("olmoe-1b-7b", "--trace", drawn, "--train-tokens", "1B"), "no policies, budgets or training"),
+        (("olmoe-1b-7b", "--trace", drawn), "the trace has 3 layers of 8 to 8 experts, the model 16 of 64"),
+        (("switch-base-8", "--trace", drawn), "an encoder-decoder"),
+        (("llama-3-70b", "--trace", drawn), "this model is dense"),
+    ):
+        said = call("plan", *words, "--ranks", 4)
+        assert said.code == 2 and part in " ".join(said.err.split()), (words, said.err)
+    said = call("plan", "olmoe-1b-7b", "--ranks", 6, "--device", "h100")
+    assert said.code == 2 and "hint: redundant 2 or 8 for instance" in said.err
+
+
+def test_a_plan_over_ranks_takes_uniform_loads_and_says_so(call: Call) -> None:
+    words = ("plan", "olmoe-1b-7b", "--device", "h100", "--ranks", 8, "--nodes", 2, "--train-tokens", "1B")
+    text = " ".join(call(*words).out.split())
+    for part in (
+        "loads are taken for uniform",
+        "over 8 ranks",
+        "a step of 131k tokens on 8 devices",
+        "with all experts in every node",
+        "busiest rank over the mean",
+    ):
+        assert part in text, part
+    found = call(*words, "--json").json
+    assert [way["imbalance"] for way in found["placement"]["ways"]] == pytest.approx([1, 1, 1])
+    assert found["placement"]["ways"][1]["mode"] == "contiguous", "of equals the one that moves nothing"
+    assert found["training"]["inside_nodes"]["exchange_seconds"]["low"] > 0

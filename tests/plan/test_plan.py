@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -97,9 +98,11 @@ def test_what_has_an_option_of_its_own() -> None:
         found["capacity"]["ratio"] == pytest.approx(1.25, abs=0.01)
         and 0 < found["capacity"]["dropped_share"] < 0.1
     )
-    assert found["communication"]["seconds"] == pytest.approx(
-        found["communication"]["bytes_per_rank"] / 200e9
-    )
+    links, between = found["communication"], found["communication"]["links"]
+    assert sum(between["pair"].values()) == pytest.approx(links["bytes"]) and between["pair"]["between"] == 0
+    assert between["node"]["inside"] < between["pair"]["inside"]
+    moving = between["node"]["inside"] / 8 / 200e9
+    assert moving / 0.79 < links["seconds"]["low"] < links["seconds"]["high"] < moving / 0.5 + 116 * 31e-6
     assert found["against"]["flops_percent"] == pytest.approx(46.8, abs=0.05)
     assert planned("olmoe-1b-7b", device="a100-40", train_tokens="5.1T")["training"]["dollars"] is None
 
@@ -184,3 +187,39 @@ def test_more_memory_than_this_machine_has_is_planned_and_said() -> None:
     assert not any("this machine has" in line for line in planned("mixtral-8x7b", device="cpu")["warnings"])
     with pytest.raises(ConfigError, match="1 x l4 has"):
         planned("mixtral-8x7b", device="l4", memory="200GiB")
+
+
+def test_training_across_nodes_is_one_model() -> None:
+    """Steps, days and hours say the same; all experts in every node trade all-to-alls for gradients."""
+    found = planned(
+        "deepseek-v3", device="h800", devices=2048, ranks=64, nodes=8, train_tokens="14.8T", train_step="60M"
+    )["training"]
+    assert found["steps"] == pytest.approx(14.8e12 / 60e6) and found["devices"] == 2048
+    for end in ("low", "high"):
+        assert found["days"][end] == pytest.approx(found["step_seconds"][end] * found["steps"] / 86_400)
+        assert found["device_hours"][end] == pytest.approx(24 * 2048 * found["days"][end])
+    inside = found["inside_nodes"]
+    assert inside["exchange_seconds"]["high"] < found["exchange_seconds"]["low"]
+    assert inside["gradient_seconds"]["low"] > 2 * found["gradient_seconds"]["low"]
+    assert found["days"]["low"] < 54.2 < found["days"]["high"]
+    few = planned("olmoe-1b-7b", device="h100", ranks=8, train_tokens="1B")["training"]
+    assert few["devices"] == 8 and few["step_tokens"] == 4 * 4096 * 8 and "inside_nodes" not in few
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ({"nodes": 2}, "nodes is 2, redundant 0, and ranks is 1"),
+        ({"redundant": 2}, "add --ranks"),
+        ({"ranks": 8, "nodes": 3}, "the nodes must divide the ranks evenly"),
+        ({"ranks": 8, "redundant": -8}, "redundant is -8; it must not be negative"),
+        ({"ranks": 8, "nodes": 0}, "nodes is 0; it must be at least 1"),
+        ({"ranks": 8, "placement": "best"}, "placement is 'best'"),
+        ({"train_step": "4M"}, "add --train-tokens"),
+        ({"train_tokens": "1B", "train_step": "0"}, "train_step is '0'"),
+        ({"train_tokens": "1B", "device": "h100", "devices": 12, "ranks": 8}, "or a multiple"),
+    ],
+)
+def test_ranks_that_do_not_go_together(words: dict[str, object], said: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        PlanOptions(**words)  # type: ignore[arg-type]

@@ -86,7 +86,7 @@ def test_echoed_logarithms_are_the_models(client: openai.OpenAI, server: Server)
     tokenizer, prompt = server.served.tokenizer, "the quick brown fox"
     ids = tokenizer.encode(prompt)
     answer = ask(client, prompt, max_tokens=0, echo=True, logprobs=3).choices[0]
-    logits = server.served.engine._runner._model(torch.tensor([ids])).logits[0].detach().log_softmax(-1)
+    logits = server.served.engine.runner.forward(torch.tensor([ids])).logits[0].detach().log_softmax(-1)
     found = answer.logprobs
     assert answer.text == prompt and answer.finish_reason == "length"
     assert "".join(found.tokens) == prompt and len(found.tokens) == len(ids)

@@ -312,14 +312,14 @@ def test_the_queue_has_a_budget_of_tokens() -> None:
 def test_a_step_that_fails_ends_its_answers_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     with serving() as server, client_of(server) as client, http_of(server) as http:
         engine = server.served.engine
-        run = engine._runner.run
+        run = engine.runner.run
 
         def broken(slices: Any) -> Any:
             raise RuntimeError("/secret/path is broken")
 
         assert _told("expert 3 of /secret/path is torn\nhint: /secret") == "the answer could not be computed"
 
-        monkeypatch.setattr(engine._runner, "run", broken)
+        monkeypatch.setattr(engine.runner, "run", broken)
         with pytest.raises(openai.InternalServerError) as caught:
             client.completions.create(model=NAME, prompt="a")
         assert "secret" not in str(caught.value.response.text) and caught.value.status_code == 500
@@ -327,7 +327,7 @@ def test_a_step_that_fails_ends_its_answers_alone(monkeypatch: pytest.MonkeyPatc
             list(client.completions.create(model=NAME, prompt="a", stream=True))
         events = list(client.responses.create(model=NAME, input="a", stream=True))
         assert events[-1].type == "response.failed" and "step failed" in events[-1].response.error.message
-        monkeypatch.setattr(engine._runner, "run", run)
+        monkeypatch.setattr(engine.runner, "run", run)
         assert client.completions.create(model=NAME, prompt="a").choices
         assert http.get("/health").status_code == 200
         engine.check()
@@ -393,7 +393,7 @@ def test_answers_go_on_while_it_drains() -> None:
 
 def test_answers_that_take_too_long_end_with_an_error() -> None:
     with serving(engine={"max_positions": 2000}, drain_s=1) as server, client_of(server) as client:
-        slow = server.served.engine._runner
+        slow = server.served.engine.runner
         run = slow.run
         slow.run = lambda slices: (time.sleep(0.01), run(slices))[1]  # type: ignore[method-assign]
         stream = client.completions.create(**LONG, stream=True, max_tokens=1990)

@@ -258,6 +258,8 @@ def test_killed_a_hundred_times(tmp_path: Path) -> None:
         state = load_state(path, *found)
         assert fingerprint(*found) == known[state.step % 2] and path.name.endswith(str(state.step))
         steps.add(state.step)
+        if number % 10 == 9 and len(steps) == 1:
+            one_save_s *= 2  # the machine has become slower
     assert interrupted > 20 and len(steps) > 1
     path = save_checkpoint(tmp_path, *states[1], RunState(step=5001), keep_last=1)
     assert [one.name for one in (tmp_path / "checkpoints").iterdir()] == [path.name]

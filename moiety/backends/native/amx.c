@@ -182,7 +182,7 @@ static float tiles_peak(int32_t integers, int64_t rounds) {
     return (float)sum[ROWS - 1][ROWS - 1];
 }
 
-const level_table amx_table = {tiles_product, amx_prepare, amx_activate, tiles_peak, CHAINS, amx_dots};
+const level_table amx_table = {tiles_product, amx_prepare, amx_activate, tiles_peak, CHAINS, amx_dots, amx_unpack};
 #ifdef __clang__
 #pragma clang attribute pop
 #endif

@@ -4,12 +4,6 @@
 
 #include "attention.h"
 
-typedef uint16_t vh __attribute__((vector_size(32)));
-typedef float vf8 __attribute__((vector_size(32)));
-typedef float vf4 __attribute__((vector_size(16)));
-typedef int32_t vi8 __attribute__((vector_size(32)));
-typedef int32_t vi4 __attribute__((vector_size(16)));
-
 typedef struct {
     float *x;          /* (rows, width) */
     const float *add;  /* the same shape, or NULL */

@@ -5,53 +5,7 @@
  * are computed with it: results do not depend on the batch, on the pieces a prompt came in, or on which pages it has. What
  * rounds in more than one way (a product and a sum in one step, or not) is in functions that are compiled once. */
 
-#include "exponential.h"
-
-INLINE vf LEVEL(load)(const float *at) {
-    vf x;
-    memcpy(&x, at, sizeof x);
-    return x;
-}
-
-/* 16 stored numbers. */
-INLINE vf LEVEL(stored)(int bfloat16, const char *at) {
-    if (!bfloat16) return LEVEL(load)((const float *)at);
-    vh half;
-    memcpy(&half, at, sizeof half);
-    return (vf)(__builtin_convertvector(half, vu) << 16);
-}
-
-/* cap * tanh(x / cap) */
-INLINE vf LEVEL(capped)(vf x, float cap) {
-    const vf zero = {}, size = LEVEL(choose)(x < zero, -x, x);
-    const vf decay = LEVEL(exponential)(size * (-2.0f / cap));
-    const vf y = cap * ((1.0f - decay) / (1.0f + decay));
-    return LEVEL(choose)(x < zero, -y, y);
-}
-
-INLINE float LEVEL(sum)(vf x) {
-    vf8 half[2];
-    vf4 quarter[2];
-    memcpy(half, &x, sizeof half);
-    half[0] += half[1];
-    memcpy(quarter, half, sizeof quarter);
-    quarter[0] += quarter[1];
-    return (quarter[0][0] + quarter[0][2]) + (quarter[0][1] + quarter[0][3]);
-}
-
-INLINE float LEVEL(largest)(vf x) {
-    vf8 half[2];
-    vf4 quarter[2];
-    memcpy(half, &x, sizeof half);
-    const vi8 left = half[0] > half[1];
-    half[0] = (vf8)(((vi8)half[0] & left) | ((vi8)half[1] & ~left));
-    memcpy(quarter, half, sizeof quarter);
-    const vi4 first = quarter[0] > quarter[1];
-    quarter[0] = (vf4)(((vi4)quarter[0] & first) | ((vi4)quarter[1] & ~first));
-    const float a = quarter[0][0] > quarter[0][2] ? quarter[0][0] : quarter[0][2];
-    const float b = quarter[0][1] > quarter[0][3] ? quarter[0][1] : quarter[0][3];
-    return a > b ? a : b;
-}
+#include "lanes.h"
 
 /* 1 / sqrt(mean(x^2) + eps) */
 static __attribute__((noinline)) float LEVEL(inverse_size)(const float *x, int64_t width, float eps) {

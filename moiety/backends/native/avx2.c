@@ -83,7 +83,7 @@ INLINE vf widen_halves(const uint8_t *at) {
 
 #include "tile.h"
 
-const level_table avx2_table = {avx2_product, avx2_prepare, avx2_activate, avx2_peak, CHAINS, avx2_dots};
+const level_table avx2_table = {avx2_product, avx2_prepare, avx2_activate, avx2_peak, CHAINS, avx2_dots, avx2_unpack};
 #ifdef __clang__
 #pragma clang attribute pop
 #endif

@@ -12,7 +12,7 @@
 #include "vectors.h"
 #include "avx512.h"
 
-const level_table avx512_table = {avx512_product, avx512_prepare, avx512_activate, avx512_peak, CHAINS, avx512_dots};
+const level_table avx512_table = {avx512_product, avx512_prepare, avx512_activate, avx512_peak, CHAINS, avx512_dots, avx512_unpack};
 #ifdef __clang__
 #pragma clang attribute pop
 #endif

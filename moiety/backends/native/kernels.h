@@ -63,6 +63,9 @@ typedef struct {
     int32_t chains;
     /* out[i] = x[i] . w for at most 4 rows of float32 numbers */
     void (*dots)(const float *const *x, int32_t count, const float *w, int64_t columns, float *out);
+    /* The weights that a tile means: column k < `columns` has those of the first `rows` rows at `to` + k * stride bytes, as
+     * float32 or, if `half`, rounded to bfloat16 */
+    void (*unpack)(const matrix *w, const uint8_t *tile, int64_t columns, int64_t rows, int32_t half, char *to, int64_t stride);
 } level_table;
 
 extern const level_table portable_table;

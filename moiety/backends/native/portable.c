@@ -45,4 +45,5 @@ INLINE vf widen_halves(const uint8_t *at) {
 
 #include "tile.h"
 
-const level_table portable_table = {portable_product, portable_prepare, portable_activate, portable_peak, CHAINS, portable_dots};
+const level_table portable_table = {portable_product, portable_prepare, portable_activate, portable_peak, CHAINS,
+                                    portable_dots,    portable_unpack};

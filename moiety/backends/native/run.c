@@ -435,3 +435,33 @@ EXPORT int32_t moiety_experts(const matrix *up, const matrix *down, int32_t acti
     free(at.base);
     return failed;
 }
+
+/* A matrix that is unpacked: the same weights, transposed. */
+typedef struct {
+    const level_table *table;
+    const matrix *w;
+    const uint8_t *tiles;
+    int32_t halves, half;
+    char *to;
+} unpacking;
+
+/* One group of columns: all row blocks of it. */
+static void unpack_task(void *data, int64_t group) {
+    const unpacking *u = data;
+    const matrix *w = u->w;
+    const int64_t size = u->half ? 2 : 4, rows = w->rows / u->halves, first = group * w->group;
+    const int64_t columns = w->columns - first < w->group ? w->columns - first : w->group;
+    for (int64_t b = 0; b < w->row_blocks; b++) { /* gate and up alternate where there are two halves */
+        const int64_t row = b / u->halves * ROWS, left = rows - row;
+        char *to = u->to + (first * w->rows + b % u->halves * rows + row) * size;
+        u->table->unpack(w, u->tiles + (b * w->groups + group) * w->tile_bytes, columns, left < ROWS ? left : ROWS, u->half, to,
+                         w->rows * size);
+    }
+}
+
+/* to[column][row] = the weights of one expert, float32 or bfloat16; `halves` is 2 where its row blocks alternate, else 1. */
+EXPORT void moiety_unpack(const matrix *w, int64_t expert, int32_t halves, int32_t half, void *to, const crew *who) {
+    unpacking u = {table_of(who->level), w, w->tiles + expert * w->expert_bytes, halves, half, to};
+    const phase phases[] = {{unpack_task, w->groups}};
+    run_phases(who, &u, phases, 1);
+}

@@ -300,3 +300,55 @@ static void LEVEL(dots)(const float *const *x, int32_t count, const float *w, in
     }
     for (int32_t i = 0; i < count; i++) LEVEL(dots_of)(x + i, 1, w, columns, out + i);
 }
+
+/* 16 weights of a column, as many as there are rows. */
+INLINE void LEVEL(put)(vf weight, int64_t rows, int32_t half, char *to) {
+    if (!half) {
+        memcpy(to, &weight, rows == ROWS ? sizeof weight : (size_t)rows * 4);
+        return;
+    }
+    const vu bits = (vu)weight; /* to the nearest, halves to the even one */
+    const vu rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    typedef uint16_t vh __attribute__((vector_size(32)));
+    const vh halves = __builtin_convertvector(rounded, vh);
+    memcpy(to, &halves, rows == ROWS ? sizeof halves : (size_t)rows * 2);
+}
+
+INLINE void LEVEL(unpack_kind)(int kind, const matrix *w, const uint8_t *tile, int64_t columns, int64_t rows, int32_t half,
+                               char *to, int64_t stride) {
+    const int bits = kind == KIND_FLOAT32 ? 32 : kind == KIND_BFLOAT16 ? 16 : kind == KIND_FLOAT8 || kind == KIND_INT8 ? 8 : 4;
+    const uint8_t *at = tile + ROWS * w->group * bits / 8;
+    vf scales = (vf){} + 1.0f, minimum = {};
+    if (kind > KIND_BFLOAT16) scales = LEVEL(scales)(kind, at);
+    if (kind == KIND_INT4_MINIMUM) minimum = widen_halves(at + 2 * ROWS);
+    if (!is_integer(kind)) {
+        for (int64_t k = 0; k < columns; k++)
+            LEVEL(put)(LEVEL(floats)(kind, w->group, tile, (int)k) * scales, rows, half, to + k * stride);
+        return;
+    }
+    for (int64_t first = 0; first < columns; first += 4) {
+        const vu line = (vu)LEVEL(integers)(kind, w->group, tile, (int)first / 4);
+        for (int64_t k = first; k < first + 4 && k < columns; k++) {
+            const vi code = (vi)(line >> (uint32_t)(8 * (k - first)) & 0xff) - LEVEL(zero_of)(kind);
+            vf weight = __builtin_convertvector(code, vf) * scales;
+            if (kind == KIND_INT4_MINIMUM) weight += minimum;
+            LEVEL(put)(weight, rows, half, to + k * stride);
+        }
+    }
+}
+
+static void LEVEL(unpack)(const matrix *w, const uint8_t *tile, int64_t columns, int64_t rows, int32_t half, char *to,
+                          int64_t stride) {
+#define UNPACK(kind) case kind: LEVEL(unpack_kind)(kind, w, tile, columns, rows, half, to, stride); break
+    switch (w->kind) {
+        UNPACK(KIND_FLOAT32);
+        UNPACK(KIND_BFLOAT16);
+        UNPACK(KIND_FLOAT8);
+        UNPACK(KIND_INT8);
+        UNPACK(KIND_INT4);
+        UNPACK(KIND_INT4_MINIMUM);
+        UNPACK(KIND_MXFP4);
+    default: LEVEL(unpack_kind)(KIND_NF4, w, tile, columns, rows, half, to, stride);
+    }
+#undef UNPACK
+}

@@ -220,7 +220,12 @@ class Family:
             return ["a value out of this family's range"]
 
     def pieces(
-        self, config: ModelConfig, shapes: Shapes, stored: Container[str] | None = None
+        self,
+        config: ModelConfig,
+        shapes: Shapes,
+        stored: Container[str] | None = None,
+        *,
+        in_memory: bool = False,
     ) -> Iterator[Piece]:
         """Where the family's tensors lie in ours, tensor by tensor in the order of `shapes`.
 
@@ -229,6 +234,7 @@ class Family:
             shapes: Our tensors' names and shapes.
             stored: Names in the files to read, to recognise other layouts of the same tensors; None gives the
                 layout that we write.
+            in_memory: Names and layout of the family's modules in transformers instead.
         """
         for ours, shape in shapes.items():
             layer = re.search(r"(?<=blocks\.)\d+", ours)
@@ -236,7 +242,7 @@ class Family:
             pattern = re.sub(r"(?<=blocks\.)\d+", "{l}", ours)
             ways = (Stored((ours,)),) if self.whole else self.tensors.get(pattern, ())
             assert ways, (self.model_type, ours)
-            way = ways[0]
+            way = ways[-1 if in_memory else 0]
             for other in ways[1:]:
                 first, wanted = (self._name(one.names[0], number, 0) for one in (other, way))
                 if stored is not None and wanted not in stored and first in stored:

@@ -24,6 +24,7 @@ from moiety.formats.tiles import PackedWeight, pack_codes
 from moiety.model.gguf import header, metadata, names, tensors, vocabulary
 from moiety.model.gguf.header import GGUFFile, StoredTensor, TensorType
 from moiety.model.gguf.names import Architecture, Link
+from moiety.model.parts import Parts, hollow, shapes_of
 from moiety.model.slots import install_stored, slots
 from moiety.model.tokenizer import Tokenizer
 from moiety.model.transformer import Transformer
@@ -32,6 +33,7 @@ __all__ = [
     "KINDS",
     "load_config",
     "load_gguf",
+    "open_gguf",
     "read_chat_template",
     "read_ends",
     "read_special_tokens",
@@ -49,6 +51,7 @@ KINDS: Mapping[str, tuple[int, str, str]] = {
 }
 QUANTISATION_VERSION = 2
 LAYER = re.compile(r"blk\.(\d{1,6})\.")
+Shapes = dict[str, tuple[int, ...]]
 # What stays float32 although it is a matrix: small, and it decides where tokens go.
 ROUTERS = ("ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight")
 
@@ -78,26 +81,48 @@ def load_gguf(
     _check_sizes(file, config)
     with torch.device("meta"):  # shapes alone: the weights come from the file
         model = Transformer(config, backend=backend, initialize=False)
-    state = model.state_dict()
-    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    links = list(names.links(config, row, shapes, frozenset(file.tensors)))
-    _check(file, config, links, state)
-    kind = dtype or _stored_dtype(file, links)
-    filled: dict[str, Tensor] = {}
+    shapes, links = _linked(file, row, model)
     stored = dict(_blocks(file, config, links, model)) if packed else {}
-    for name, shape in shapes.items():
-        if name in stored:
-            continue
-        own = torch.float32 if name.endswith("selection_bias") else kind
-        filled[name] = torch.empty(shape, dtype=own)
-    for link in links:
-        if link.ours not in stored:
-            target = tensors.view(filled[link.ours], link, config.attention.mla)
-            tensors.decode_into(target, file.tensors[link.theirs])
+    parts = _parts(file, config, shapes, links, dtype)
+    filled = {name: parts.read(name) for name in shapes if name not in stored}
     model.load_state_dict(filled, assign=True, strict=not packed)
     if packed:
         install_stored(model, stored)
     return model.eval()
+
+
+def open_gguf(path: str | Path) -> Parts:
+    """A GGUF file opened without reading its weights, which stays mapped; errors as of `load_gguf`."""
+    file = header.read_file(path)
+    row, config = metadata.read_config(file)
+    _check_sizes(file, config)
+    return _parts(file, config, *_linked(file, row, hollow(config)), None)
+
+
+def _linked(file: GGUFFile, row: Architecture, model: Transformer) -> tuple[Shapes, list[Link]]:
+    """The shapes of our tensors and where theirs lie in them, all checked."""
+    shapes = shapes_of(model)
+    links = list(names.links(model.config, row, shapes, frozenset(file.tensors)))
+    _check(file, model.config, links, model.state_dict())
+    return shapes, links
+
+
+def _parts(
+    file: GGUFFile, config: ModelConfig, shapes: Shapes, links: list[Link], dtype: torch.dtype | None
+) -> Parts:
+    kind = dtype or _stored_dtype(file, links)
+    dtypes = {name: torch.float32 if name.endswith("selection_bias") else kind for name in shapes}
+    mine: dict[str, list[Link]] = {name: [] for name in shapes}
+    for link in links:
+        mine[link.ours].append(link)
+
+    def read(name: str) -> Tensor:
+        tensor = torch.empty(shapes[name], dtype=dtypes[name])
+        for link in mine[name]:
+            tensors.decode_into(tensors.view(tensor, link, config.attention.mla), file.tensors[link.theirs])
+        return tensor
+
+    return Parts(config=config, dtypes=dtypes, read=read)
 
 
 def _blocks(

@@ -121,6 +121,32 @@ class RoutingHealth:
     router_entropy: float | None = None
     near_tie_rate: float | None = None
 
+    def sums(self) -> Floats:
+        """Everything as numbers that add up over batches."""
+        means = [0.0 if mean is None else mean * self.tokens for mean in self._means]
+        return np.concatenate([self.counts_E, [self.tokens, self.dropped, *means]]).astype(np.float64)
+
+    def of_sums(self, values: Floats) -> RoutingHealth:
+        """The health that such numbers mean, with the statistics that this one has."""
+        tokens, dropped, *sums = values[len(self.counts_E) :].tolist()
+        means = [
+            None if mean is None else one / max(tokens, 1)
+            for mean, one in zip(self._means, sums, strict=True)
+        ]
+        counts_E = values[: len(self.counts_E)].astype(np.int64)
+        return RoutingHealth(
+            counts_E=counts_E,
+            tokens=int(tokens),
+            dropped=int(dropped),
+            router_z=means[0],
+            router_entropy=means[1],
+            near_tie_rate=means[2],
+        )
+
+    @property
+    def _means(self) -> tuple[float | None, float | None, float | None]:
+        return self.router_z, self.router_entropy, self.near_tie_rate
+
     @property
     def pairs(self) -> int:
         """Number of pairs N."""
