@@ -86,29 +86,39 @@ class Upstream:
         self._reader, self._writer = reader, writer
         self._wire = h11.Connection(h11.CLIENT)
 
-    async def ask(self, method: str, target: bytes, body: bytes) -> h11.Response:
-        """Send a request; the head of what comes back.
+    async def ask(self, method: str, target: bytes, body: bytes) -> h11.Response | None:
+        """Send a request; the head of what comes back, or None if the replica has gone with some of it unread.
 
         Raises:
-            EOFError: the replica has gone.
+            EOFError: it has gone with all of it.
         """
         headers = [("host", "localhost"), ("connection", "close"), ("content-length", str(len(body)))]
         headers += [("content-type", "application/json")] if method == "POST" else []
         request = h11.Request(method=method, target=target, headers=headers)
         for event in (request, h11.Data(data=body), h11.EndOfMessage()):
             self._writer.write(self._wire.send(event) or b"")
-        head = await self._next()
+        try:
+            head = await self._next()
+        except ConnectionError:  # Linux resets what was in the queue of a socket; what was read ends
+            return None
         assert isinstance(head, h11.Response), head
         return head
 
     async def pieces(self) -> AsyncIterator[bytes]:
-        """The body, in the pieces that the replica wrote; raises as `ask`."""
+        """The body, in the pieces that the replica wrote.
+
+        Raises:
+            EOFError: the replica has gone.
+        """
         kept = b""
-        while isinstance(event := await self._next(), h11.Data):
-            kept += event.data
-            if event.chunk_end:
-                yield kept
-                kept = b""
+        try:
+            while isinstance(event := await self._next(), h11.Data):
+                kept += event.data
+                if event.chunk_end:
+                    yield kept
+                    kept = b""
+        except ConnectionError as error:
+            raise EOFError("the connection broke") from error
         if kept:
             yield kept
 
@@ -116,7 +126,7 @@ class Upstream:
         try:
             while (event := self._wire.next_event()) is h11.NEED_DATA:
                 self._wire.receive_data(await self._reader.read(65536))
-        except (OSError, h11.RemoteProtocolError) as error:
+        except h11.RemoteProtocolError as error:
             raise EOFError("the connection broke") from error
         if isinstance(event, h11.ConnectionClosed):
             raise EOFError("the replica closed the connection")
@@ -156,10 +166,10 @@ class Replica:
     async def asked(
         self, method: str, target: bytes, body: bytes = b"", weight: int = 0
     ) -> AsyncIterator[tuple[h11.Response, Upstream] | None]:
-        """The answer to a request, from its head on; None if the replica does not listen, and knows nothing of it.
+        """The answer to a request, from its head on; None if the replica cannot have begun it.
 
         Raises:
-            EOFError: it ended before it said anything.
+            EOFError: it ended, and may have begun.
         """
         self.held += weight
         try:
@@ -170,7 +180,8 @@ class Replica:
             if weight:
                 self.live.add(found)
             try:
-                yield await found.ask(method, target, body), found
+                head = await found.ask(method, target, body)
+                yield None if head is None else (head, found)
             finally:
                 self.live.discard(found)
                 found.close()

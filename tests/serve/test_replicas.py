@@ -8,6 +8,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -24,7 +25,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from moiety.cli import main
 from moiety.infer.options import EngineOptions
 from moiety.model import checkpoint
-from moiety.serve.front import Front, Life, Sums, front_app, weight_of
+from moiety.serve.front import Front, Life, Sums, _connected, front_app, weight_of
 from moiety.serve.options import ServeOptions
 from moiety.serve.server import Server, served_of
 from tests.serve.conftest import NAME, client_of, eventually, opened, serving
@@ -453,6 +454,46 @@ def test_health_says_who_is_down() -> None:
     lives[0].is_up = lives[1].is_up = 1
     front.drain()
     assert health()[0] == 503 and health()[1]["error"]["code"] == "unavailable"
+
+
+@pytest.mark.parametrize("body", [b"{}", b" " * 2_000_000], ids=["small", "more than a socket holds"])
+@pytest.mark.parametrize("is_read", [False, True], ids=["in the queue", "read"])
+def test_what_cannot_have_begun_is_told_from_what_may_have(
+    tmp_path: Path, is_read: bool, body: bytes
+) -> None:
+    """A dying process closes what it works on before the socket that it listens at: a request can come in between."""
+    path, is_here = str(tmp_path / "0"), threading.Event()
+
+    def live(listening: socket.socket) -> None:
+        if is_read:
+            with listening.accept()[0] as taken:
+                read = bytearray()
+                while not read.endswith(b"\r\n\r\n" + body):
+                    read += taken.recv(65536)
+        else:
+            is_here.wait()
+        listening.close()
+
+    async def ask() -> Any:
+        upstream = await _connected(path)
+        assert upstream is not None
+        asyncio.get_running_loop().call_later(0.1, is_here.set)
+        try:
+            return await upstream.ask("POST", b"/v1/completions", body)
+        finally:
+            upstream.close()
+
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(path)
+        listening.listen()
+        replica = threading.Thread(target=live, args=[listening])
+        replica.start()
+        if is_read:
+            with pytest.raises(EOFError):
+                asyncio.run(ask())
+        else:
+            assert asyncio.run(ask()) is None
+        replica.join()
 
 
 def test_the_weight_of_a_request() -> None:
