@@ -3,7 +3,8 @@
 Each engine is a process in a memory cgroup of its own (version 1, writable by root); for llama.cpp the pages of its
 file count there, as they do for a machine. Weights are random, shapes are real with fewer layers and a smaller
 vocabulary, and both sides have the same numbers: one Q4_0 file, and what `moiety` packs from it. Routers are made so
-that every token draws its experts anew and each expert is as popular as the case says.
+that every token draws its experts anew and each expert is as popular as the case says. Some cases have a slower disk,
+as many machines do: each process may then read so many bytes a second and no more (a cgroup again).
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from moiety.model.expert_file import expert_stacks
 from moiety.model.transformer import Transformer
 from moiety.moe.layer import MoE
 
-CGROUPS = Path("/sys/fs/cgroup/memory")
+CGROUPS, DISK_CGROUPS = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup/blkio")
 VOCABULARY = 16_000
 OVERHEAD_BYTES = 435 << 20  # of our process: the interpreter, torch, what a step holds
 DATA = Path(os.environ.get("MOIETY_SHARED_DATA", "."))
@@ -57,6 +58,7 @@ class Case:
         prefill_bar: Against llama.cpp.
         resident_bar: Against ourselves with everything in memory.
         experts: Of a layer, if not those of the shape.
+        disk_rate: Bytes a second that each process may read; 0 is what the disk gives.
     """
 
     shape: str
@@ -69,6 +71,7 @@ class Case:
     prefill_bar: float | None = None
     resident_bar: float | None = None
     experts: int = 0
+    disk_rate: int = 0
 
     @property
     def config(self) -> ModelConfig:
@@ -84,6 +87,8 @@ CASES = (
     Case(shape="qwen3-30b-a3b", layers=12, share=0.5, popular="zipf", decode_bar=3.0, resident_bar=0.6),
     Case(shape="qwen3-30b-a3b", layers=12, share=0.5, popular="olmoe", decode_bar=3.0, resident_bar=0.6),
 )
+SLOW_DISK = 700_000_000
+CASES += tuple(replace(one, disk_rate=SLOW_DISK, resident_bar=None) for one in (CASES[0], CASES[2]))
 QUICK = replace(CASES[1], layers=2, share=0.15, prefill=32, experts=32)
 
 
@@ -185,10 +190,30 @@ def cgroup(name: str, limit_bytes: int) -> Iterator[Path]:
                 time.sleep(0.1)
 
 
-class Child:
-    """An engine in its process and its cgroup."""
+@contextmanager
+def slow_disk(name: str, folder: Path, bytes_per_second: int) -> Iterator[Path | None]:
+    """A cgroup whose processes read no faster from the disk that a folder is on; None where there is no limit."""
+    if not bytes_per_second:
+        yield None
+        return
+    device = folder.stat().st_dev
+    disk = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}").resolve()
+    if (disk / "partition").exists():
+        disk = disk.parent
+    group = DISK_CGROUPS / f"moiety-{name}-{os.getpid()}"
+    group.mkdir()
+    try:
+        number = (disk / "dev").read_text().strip()
+        (group / "blkio.throttle.read_bps_device").write_text(f"{number} {bytes_per_second}")
+        yield group
+    finally:
+        group.rmdir()
 
-    def __init__(self, engine: str, path: Path, memory_bytes: int, group: Path) -> None:
+
+class Child:
+    """An engine in its process and its cgroups."""
+
+    def __init__(self, engine: str, path: Path, memory_bytes: int, *groups: Path | None) -> None:
         script = Path(__file__).with_name("_stream_child.py")
         self.engine = engine
         self.process = subprocess.Popen(
@@ -197,7 +222,9 @@ class Child:
             stdout=subprocess.PIPE,
             text=True,
         )
-        (group / "cgroup.procs").write_text(str(self.process.pid))
+        for group in groups:
+            if group is not None:
+                (group / "cgroup.procs").write_text(str(self.process.pid))
         self._answer("ready")
 
     def _answer(self, word: str) -> list[str]:
@@ -280,7 +307,7 @@ def decode_rows(
             seconds, read_bytes, hit, miss, _peak = child.job(f"decode {drawn}")
             times[name].append(seconds)
             if name == "ours":
-                missed = miss / (drawn - 1) * expert_bytes
+                missed, disk = miss / (drawn - 1) * expert_bytes, min(disk, case.disk_rate or disk)
                 bounds.append(max(missed / disk, touched_bytes(config, expert_bytes) / ram))
                 hits, wanted, read = hits + hit, wanted + hit + miss, read + read_bytes
     about = (
@@ -324,10 +351,18 @@ def against(case: Case, quick: bool, folder: Path) -> list[Row]:
         limit = round(gguf.stat().st_size / case.over)
     sizes = f"{gguf.stat().st_size / 1e9:.1f} GB in {limit / 1e9:.1f} GB"
     label = f"{case.shape}, {case.layers} layers, {case.popular}, {sizes}"
-    with cgroup("ours", limit) as mine, cgroup("theirs", limit) as their, cgroup("resident", 0) as whole:
+    if case.disk_rate:
+        label += f", a disk of {case.disk_rate / 1e9:.1f} GB/s"
+    with (
+        cgroup("ours", limit) as mine,
+        cgroup("theirs", limit) as their,
+        cgroup("resident", 0) as whole,
+        slow_disk("ours", folder, case.disk_rate) as my_disk,
+        slow_disk("theirs", folder, case.disk_rate) as their_disk,
+    ):
         children = {
-            "ours": Child("ours", packed, round(0.97 * limit), mine),
-            "llama.cpp": Child("llama.cpp", gguf, limit, their),
+            "ours": Child("ours", packed, round(0.97 * limit), mine, my_disk),
+            "llama.cpp": Child("llama.cpp", gguf, limit, their, their_disk),
         }
         if case.resident_bar is not None:
             children["resident"] = Child("resident", packed, 0, whole)
@@ -352,15 +387,16 @@ def main() -> int:
     """The cases one after the other: their files do not fit beside each other on every disk."""
     options = arguments(__doc__ or "")
     missing = "xllamacpp is not installed" if importlib.util.find_spec("xllamacpp") is None else ""
-    if not os.access(CGROUPS, os.W_OK):
-        missing = f"{CGROUPS} is not there or not writable, and without a limit on memory there is nothing to compare"
+    for folder in (CGROUPS, DISK_CGROUPS):
+        if not os.access(folder, os.W_OK):
+            missing = f"{folder} is not there or not writable, and without its limits there is nothing to compare"
     if options.device != "cpu" or missing:
         print(missing or "this measures CPUs", file=sys.stderr)
         return finish("stream", [])
     rows: list[Row] = []
     for case in (QUICK,) if options.quick else CASES:
-        with tempfile.TemporaryDirectory(prefix="moiety-") as folder:
-            rows += against(case, options.quick, Path(folder))
+        with tempfile.TemporaryDirectory(prefix="moiety-") as name:
+            rows += against(case, options.quick, Path(name))
     return finish("stream", rows)
 
 

@@ -1,5 +1,4 @@
 /* Attention over paged keys and values, and norms of rows: one file compiled for every level. See attention.h. */
-#define LEVEL_NAME portable
 #include "vectors.h"
 
 #include "attention.h"
@@ -17,39 +16,8 @@ typedef struct {
     task prepare, attend, norm;
 } attention_tasks;
 
-#define ROWS_AT_ONCE 2
-#define SUMS 4
-#include "attention_tile.h"
-
-#if defined(__x86_64__)
-#ifdef __clang__
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
-#endif
-#define LEVEL_NAME avx2
-#define ROWS_AT_ONCE 2
-#define SUMS 4
-#include "attention_tile.h"
-#ifdef __clang__
-#pragma clang attribute pop
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), apply_to = function)
-#else
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=512")
-#endif
-#define LEVEL_NAME avx512
-#define ROWS_AT_ONCE 8
-#define SUMS 16
-#include "attention_tile.h"
-#ifdef __clang__
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
-#endif
+#define TILE "attention_tile.h"
+#include "levels.h"
 
 static const attention_tasks *tasks_of(int32_t level) {
 #if defined(__x86_64__)

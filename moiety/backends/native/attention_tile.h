@@ -1,11 +1,19 @@
-/* Attention at one level: included by attention.c with LEVEL(name), ROWS_AT_ONCE and SUMS, the vectors of sums that
- * registers hold. Everything that becomes vector code is in here, for gcc cuts vectors before it inlines.
+/* Attention at one level: included by attention.c through levels.h. Everything that becomes vector code is in here, for gcc
+ * cuts vectors before it inlines.
  *
  * A query's sums run over absolute segments of keys from position 0, and inside over keys in order, whatever other queries
  * are computed with it: results do not depend on the batch, on the pieces a prompt came in, or on which pages it has. What
  * rounds in more than one way (a product and a sum in one step, or not) is in functions that are compiled once. */
 
 #include "lanes.h"
+
+#ifdef WIDE
+#define ROWS_AT_ONCE 8
+#define SUMS 16 /* vectors of sums that registers hold */
+#else
+#define ROWS_AT_ONCE 2
+#define SUMS 4
+#endif
 
 /* 1 / sqrt(mean(x^2) + eps) */
 static __attribute__((noinline)) float LEVEL(inverse_size)(const float *x, int64_t width, float eps) {

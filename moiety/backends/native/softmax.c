@@ -1,6 +1,5 @@
 /* What goes through a softmax in training, row by row: cross entropy of logits, and the shares of causal attention. One file
  * compiled for every level. */
-#define LEVEL_NAME portable
 #include "vectors.h"
 
 typedef struct {
@@ -31,33 +30,8 @@ typedef struct {
     task loss, share, share_back;
 } softmax_tasks;
 
-#include "softmax_tile.h"
-
-#if defined(__x86_64__)
-#ifdef __clang__
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
-#endif
-#define LEVEL_NAME avx2
-#include "softmax_tile.h"
-#ifdef __clang__
-#pragma clang attribute pop
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), apply_to = function)
-#else
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=512")
-#endif
-#define LEVEL_NAME avx512
-#include "softmax_tile.h"
-#ifdef __clang__
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
-#endif
+#define TILE "softmax_tile.h"
+#include "levels.h"
 
 static const softmax_tasks *tasks_of(int32_t level) {
 #if defined(__x86_64__)

@@ -1,4 +1,4 @@
-/* Rows through a softmax at one level: included by softmax.c with LEVEL(name). */
+/* Rows through a softmax at one level: included by softmax.c through levels.h. */
 
 #include "lanes.h"
 
