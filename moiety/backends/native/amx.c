@@ -31,11 +31,11 @@ typedef struct {
 
 INLINE void unpack_tile(int kind, int group, const uint8_t *tile, int64_t number, int b, unpacked *into) {
     for (int quad = 0; quad < group / 4; quad++) {
-        const vi line = LEVEL(integers)(kind, group, tile, quad);
+        const vi line = LEVEL(integers)(kind, group, tile, quad, 0);
         memcpy(into->line[b][number * (group / 4) + quad], &line, sizeof line);
     }
     const uint8_t *scales = tile + ROWS * group / (kind == KIND_INT8 ? 1 : 2);
-    into->scale[b][number] = LEVEL(scales)(kind, scales);
+    into->scale[b][number] = LEVEL(scales)(kind, scales, 0);
     if (kind == KIND_INT4_MINIMUM) into->minimum[b][number] = widen_halves(scales + 2 * ROWS);
 }
 

@@ -7,21 +7,23 @@
 
 #include "lanes.h"
 
-#ifdef WIDE
+#define PARTS (BLOCK / LANES) /* vectors of a block's scores */
+/* Queries at once, and the vectors of sums that registers hold. */
+#if LANES == 16
 #define ROWS_AT_ONCE 8
-#define SUMS 16 /* vectors of sums that registers hold */
+#define SUMS 16
 #else
-#define ROWS_AT_ONCE 2
-#define SUMS 4
+#define ROWS_AT_ONCE (LANES / 2)
+#define SUMS 8
 #endif
 
 /* 1 / sqrt(mean(x^2) + eps) */
 static __attribute__((noinline)) float LEVEL(inverse_size)(const float *x, int64_t width, float eps) {
     vf total[4] = {{}, {}, {}, {}};
     int64_t i = 0;
-    for (; i + 4 * BLOCK <= width; i += 4 * BLOCK)
-        for (int n = 0; n < 4; n++) total[n] += LEVEL(load)(x + i + n * BLOCK) * LEVEL(load)(x + i + n * BLOCK);
-    for (; i + BLOCK <= width; i += BLOCK) total[0] += LEVEL(load)(x + i) * LEVEL(load)(x + i);
+    for (; i + 4 * LANES <= width; i += 4 * LANES)
+        for (int n = 0; n < 4; n++) total[n] += LEVEL(load)(x + i + n * LANES) * LEVEL(load)(x + i + n * LANES);
+    for (; i + LANES <= width; i += LANES) total[0] += LEVEL(load)(x + i) * LEVEL(load)(x + i);
     float squares = LEVEL(sum)((total[0] + total[1]) + (total[2] + total[3]));
     for (; i < width; i++) squares += x[i] * x[i];
     return 1.0f / sqrtf(squares / (float)width + eps);
@@ -125,22 +127,23 @@ typedef struct {
 
 /* Scores of `count` queries with the keys of `blocks` blocks. */
 INLINE void LEVEL(score_blocks)(LEVEL(rows) *r, int64_t row, int count, int first, int blocks, int bfloat16) {
-    vf total[ROWS_AT_ONCE][BLOCKS];
-    const int64_t d = r->layer->head_dim, width = r->layer->value_width;
-    const int64_t stride = r->layer->page_tokens * (bfloat16 ? 2 : 4);
+    vf total[ROWS_AT_ONCE][BLOCKS * PARTS];
+    const int vectors = blocks * PARTS, size = bfloat16 ? 2 : 4;
+    const int64_t d = r->layer->head_dim, width = r->layer->value_width, stride = r->layer->page_tokens * size;
     const float *q = r->q + row * width;
     for (int i = 0; i < count; i++)
-        for (int b = 0; b < blocks; b++) total[i][b] = (vf){};
+        for (int v = 0; v < vectors; v++) total[i][v] = (vf){};
     for (int64_t n = 0; n < d; n++) {
-        vf key[BLOCKS];
-        for (int b = 0; b < blocks; b++) key[b] = LEVEL(stored)(bfloat16, r->keys[0][first + b] + n * stride);
+        vf key[BLOCKS * PARTS];
+        for (int v = 0; v < vectors; v++)
+            key[v] = LEVEL(stored)(bfloat16, r->keys[0][first + v / PARTS] + n * stride + v % PARTS * LANES * size);
         if (row == 0)
             for (int b = 0; b < blocks; b++) __builtin_prefetch(r->keys[1][first + b] + n * stride, 0, 2);
         for (int i = 0; i < count; i++)
-            for (int b = 0; b < blocks; b++) total[i][b] += key[b] * q[i * width + n];
+            for (int v = 0; v < vectors; v++) total[i][v] += key[v] * q[i * width + n];
     }
     for (int i = 0; i < count; i++)
-        for (int b = 0; b < blocks; b++) memcpy(r->score[i] + BLOCK * (first + b), &total[i][b], sizeof(vf));
+        for (int v = 0; v < vectors; v++) memcpy(r->score[i] + BLOCK * first + LANES * v, &total[i][v], sizeof(vf));
 }
 
 /* Scores of one row become weights, and its sums become relative to the new largest score. */
@@ -155,29 +158,28 @@ static __attribute__((noinline)) void LEVEL(weigh)(LEVEL(rows) *r, int64_t row, 
         memset(score, 0, sizeof r->score[i]);
         return;
     }
-    vi lane, seen[BLOCKS];
-    for (int n = 0; n < BLOCK; n++) lane[n] = n;
-    vf best = (vf){} - INFINITY, s[BLOCKS], total = {};
-    for (int b = 0; b < BLOCKS; b++) {
-        const vi at = lane + BLOCK * b;
-        seen[b] = (at >= from) & (at < until);
-        s[b] = LEVEL(load)(score + BLOCK * b);
-        if (cap != 0) s[b] = LEVEL(capped)(s[b], cap);
-        s[b] = LEVEL(choose)(seen[b], s[b], (vf){} - INFINITY);
-        best = LEVEL(choose)(s[b] > best, s[b], best);
+    vf best = (vf){} - INFINITY, total = {};
+    for (int at = 0; at < SEGMENT; at += LANES) {
+        const vi key = LEVEL(numbers)() + at, seen = (key >= from) & (key < until);
+        vf s = LEVEL(load)(score + at);
+        if (cap != 0) s = LEVEL(capped)(s, cap);
+        s = LEVEL(choose)(seen, s, (vf){} - INFINITY);
+        best = LEVEL(choose)(s > best, s, best);
+        memcpy(score + at, &s, sizeof s);
     }
     const float here = LEVEL(largest)(best), before = r->most[row], most = here > before ? here : before;
     const float correction = here > before ? LEVEL(exponential)((vf){} + (before - here))[0] : 1;
-    for (int b = 0; b < BLOCKS; b++) {
-        const vf weight = LEVEL(choose)(seen[b], LEVEL(exponential)(s[b] - most), (vf){});
+    for (int at = 0; at < SEGMENT; at += LANES) {
+        const vi key = LEVEL(numbers)() + at, seen = (key >= from) & (key < until);
+        const vf weight = LEVEL(choose)(seen, LEVEL(exponential)(LEVEL(load)(score + at) - most), (vf){});
         total += weight;
-        memcpy(score + BLOCK * b, &weight, sizeof weight);
+        memcpy(score + at, &weight, sizeof weight);
     }
     r->total[row] = r->total[row] * correction + LEVEL(sum)(total);
     r->most[row] = most;
     float *sums = r->sums + row * width;
     if (correction != 1)
-        for (int64_t n = 0; n < width; n += BLOCK) {
+        for (int64_t n = 0; n < width; n += LANES) {
             const vf y = LEVEL(load)(sums + n) * correction;
             memcpy(sums + n, &y, sizeof y);
         }
@@ -188,25 +190,25 @@ INLINE void LEVEL(add_values)(LEVEL(rows) *r, int64_t row, int count, int64_t at
     const int64_t width = r->layer->value_width, size = bfloat16 ? 2 : 4;
     vf total[ROWS_AT_ONCE][SUMS];
     for (int i = 0; i < count; i++)
-        for (int c = 0; c < chunks; c++) total[i][c] = LEVEL(load)(r->sums + (row + i) * width + at + BLOCK * c);
+        for (int c = 0; c < chunks; c++) total[i][c] = LEVEL(load)(r->sums + (row + i) * width + at + LANES * c);
     for (int n = from; n < until; n++) {
         const int64_t place = ((n % BLOCK) * width + at) * size;
         const char *value = r->values[0][n / BLOCK] + place;
         if (row == 0)
-            for (int64_t ahead = 0; ahead < chunks * BLOCK * size; ahead += 64)
+            for (int64_t ahead = 0; ahead < chunks * LANES * size; ahead += 64)
                 __builtin_prefetch(r->values[1][n / BLOCK] + place + ahead, 0, 2);
         vf v[SUMS];
-        for (int c = 0; c < chunks; c++) v[c] = LEVEL(stored)(bfloat16, value + BLOCK * c * size);
+        for (int c = 0; c < chunks; c++) v[c] = LEVEL(stored)(bfloat16, value + LANES * c * size);
         for (int i = 0; i < count; i++)
             for (int c = 0; c < chunks; c++) total[i][c] += v[c] * r->score[i][n];
     }
     for (int i = 0; i < count; i++)
-        for (int c = 0; c < chunks; c++) memcpy(r->sums + (row + i) * width + at + BLOCK * c, &total[i][c], sizeof(vf));
+        for (int c = 0; c < chunks; c++) memcpy(r->sums + (row + i) * width + at + LANES * c, &total[i][c], sizeof(vf));
 }
 
 /* One segment for `count` rows, which is a constant wherever this is inlined. */
 INLINE void LEVEL(segment_rows)(LEVEL(rows) *r, int64_t row, int count, int64_t segment, int bfloat16) {
-    const int blocks = SUMS / count < BLOCKS ? SUMS / count : BLOCKS;
+    const int blocks = SUMS / count / PARTS < BLOCKS ? SUMS / count / PARTS : BLOCKS;
     for (int first = 0; first < BLOCKS; first += blocks) LEVEL(score_blocks)(r, row, count, first, blocks, bfloat16);
     int64_t from = SEGMENT, until = 0;
     for (int i = 0; i < count; i++) {
@@ -220,10 +222,10 @@ INLINE void LEVEL(segment_rows)(LEVEL(rows) *r, int64_t row, int count, int64_t 
     const int64_t width = r->layer->value_width;
     int64_t at = 0;
     const int chunks = SUMS / count < 8 ? SUMS / count : 8;
-    for (; at + BLOCK * chunks <= width; at += BLOCK * chunks)
+    for (; at + LANES * chunks <= width; at += LANES * chunks)
         LEVEL(add_values)(r, row, count, at, chunks, (int)from, (int)until, bfloat16);
-    if (chunks > 4 && at + BLOCK * 4 <= width) LEVEL(add_values)(r, row, count, at, 4, (int)from, (int)until, bfloat16), at += BLOCK * 4;
-    for (; at < width; at += BLOCK) LEVEL(add_values)(r, row, count, at, 1, (int)from, (int)until, bfloat16);
+    if (chunks > 4 && at + LANES * 4 <= width) LEVEL(add_values)(r, row, count, at, 4, (int)from, (int)until, bfloat16), at += LANES * 4;
+    for (; at < width; at += LANES) LEVEL(add_values)(r, row, count, at, 1, (int)from, (int)until, bfloat16);
 }
 
 INLINE void LEVEL(segment_all)(LEVEL(rows) *r, int64_t count, int64_t segment, int bfloat16) {
@@ -295,6 +297,6 @@ static void LEVEL(norm_row)(void *job, int64_t row) {
 }
 
 static const attention_tasks LEVEL(attention) = {LEVEL(prepare_token), LEVEL(attend_task), LEVEL(norm_row)};
+#undef PARTS
 #undef ROWS_AT_ONCE
 #undef SUMS
-#undef LEVEL_NAME

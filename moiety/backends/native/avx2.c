@@ -1,4 +1,4 @@
-/* Processors with AVX2, FMA and F16C: two registers for a vector. */
+/* Processors with AVX2, FMA and F16C: eight lanes, and bytes multiplied in pairs. */
 #if defined(__x86_64__)
 #ifdef __clang__
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
@@ -8,27 +8,12 @@
 #include <immintrin.h>
 
 #define LEVEL_NAME avx2
+#define LANES 8
 #include "vectors.h"
+#include "registers.h"
 
 #define AT_ONCE 2
 #define CHAINS 4
-
-typedef struct {
-    __m256i low, high;
-} halves;
-
-INLINE halves cut(vi whole) {
-    halves h;
-    memcpy(&h, &whole, sizeof h);
-    return h;
-}
-
-INLINE vi whole(__m256i low, __m256i high) {
-    const halves h = {low, high};
-    vi both;
-    memcpy(&both, &h, sizeof both);
-    return both;
-}
 
 INLINE __m256i four(const int8_t *x) {
     int32_t bytes;
@@ -36,50 +21,36 @@ INLINE __m256i four(const int8_t *x) {
     return _mm256_set1_epi32(bytes);
 }
 
-/* For weights up to 31, whose pairs of products fit 16 bits. */
-INLINE __m256i dot4_half(__m256i sum, __m256i weight, __m256i x) {
-    const __m256i pairs = _mm256_maddubs_epi16(weight, x);
-    return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+/* Products of pairs of bytes stay in 16 bits for as many quads as fit: 8 of weights up to 15, 4 of weights up to 31. */
+#define DOT_PAIRS
+
+INLINE vi dot_pairs(vi pairs, vi weight, const int8_t *x) {
+    return (vi)_mm256_add_epi16((__m256i)pairs, _mm256_maddubs_epi16((__m256i)weight, four(x)));
 }
 
-INLINE vi dot4(vi sum, vi weight, const int8_t *x) {
-    const halves s = cut(sum), w = cut(weight);
-    const __m256i x4 = four(x);
-    return whole(dot4_half(s.low, w.low, x4), dot4_half(s.high, w.high, x4));
-}
+INLINE vi add_pairs(vi sum, vi pairs) { return sum + (vi)_mm256_madd_epi16((__m256i)pairs, _mm256_set1_epi16(1)); }
+
+INLINE vi dot4(vi sum, vi weight, const int8_t *x) { return add_pairs(sum, dot_pairs((vi){}, weight, x)); }
 
 /* All eight bits: low and high four apart. */
-INLINE __m256i dot4_wide_half(__m256i sum, __m256i weight, __m256i x) {
-    const __m256i mask = _mm256_set1_epi8(15), one = _mm256_set1_epi16(1), sixteen = _mm256_set1_epi16(16);
-    const __m256i low = _mm256_maddubs_epi16(_mm256_and_si256(weight, mask), x);
-    const __m256i high = _mm256_maddubs_epi16(_mm256_and_si256(_mm256_srli_epi16(weight, 4), mask), x);
-    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(low, one));
-    return _mm256_add_epi32(sum, _mm256_madd_epi16(high, sixteen));
-}
-
 INLINE vi dot4_wide(vi sum, vi weight, const int8_t *x) {
-    const halves s = cut(sum), w = cut(weight);
-    const __m256i x4 = four(x);
-    return whole(dot4_wide_half(s.low, w.low, x4), dot4_wide_half(s.high, w.high, x4));
+    const __m256i mask = _mm256_set1_epi8(15), w = (__m256i)weight, x4 = four(x);
+    const __m256i low = _mm256_maddubs_epi16(_mm256_and_si256(w, mask), x4);
+    const __m256i high = _mm256_maddubs_epi16(_mm256_and_si256(_mm256_srli_epi16(w, 4), mask), x4);
+    return sum + (vi)_mm256_madd_epi16(low, _mm256_set1_epi16(1)) + (vi)_mm256_madd_epi16(high, _mm256_set1_epi16(16));
 }
 
 INLINE vi lookup_bytes(const uint8_t table[16], vi index) {
-    const __m256i both = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)table));
-    const halves i = cut(index);
-    return whole(_mm256_shuffle_epi8(both, i.low), _mm256_shuffle_epi8(both, i.high));
+    return (vi)_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)table)), (__m256i)index);
 }
 
 INLINE vf lookup_floats(const float table[16], vi index) {
-    const halves i = cut(index);
-    const __m256 low = _mm256_i32gather_ps(table, i.low, 4), high = _mm256_i32gather_ps(table, i.high, 4);
-    return (vf)whole(_mm256_castps_si256(low), _mm256_castps_si256(high));
+    const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), (__m256i)index);
+    const __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), (__m256i)index);
+    return (vf)_mm256_blendv_ps(low, high, (__m256)(index << 28));
 }
 
-INLINE vf widen_halves(const uint8_t *at) {
-    const __m256 low = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)at));
-    const __m256 high = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(at + 16)));
-    return (vf)whole(_mm256_castps_si256(low), _mm256_castps_si256(high));
-}
+INLINE vf widen_halves(const uint8_t *at) { return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)at)); }
 
 #include "tile.h"
 

@@ -1,4 +1,7 @@
 /* What AVX-512 with VNNI gives to tile.h; the AMX level shares it for few rows. */
+#define LANES 16
+#include "registers.h"
+
 #define AT_ONCE 5
 #define CHAINS 12
 

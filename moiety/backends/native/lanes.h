@@ -1,5 +1,10 @@
-/* Vectors of 16 lanes at one level: loading them, what is made of each lane, and of all of them one number. Included by files
- * that have set LEVEL(name), once for each level. */
+/* Vectors of LANES numbers at one level: loading them, what is made of each lane, and of all of them one number. Included by
+ * what levels.h includes, once for each level. */
+
+#include "registers.h"
+
+typedef float v4 __attribute__((vector_size(16)));
+typedef int32_t v4i __attribute__((vector_size(16)));
 
 #include "exponential.h"
 
@@ -9,13 +14,20 @@ INLINE vf LEVEL(load)(const float *at) {
     return x;
 }
 
-/* The first `count` lanes, `other` in those after them. */
-INLINE vf LEVEL(first)(vf x, int64_t count, float other) {
-    const vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    return LEVEL(choose)(lane < (int32_t)(count < ROWS ? count : ROWS), x, (vf){} + other);
+/* 0, 1, 2, ... */
+INLINE vi LEVEL(numbers)(void) {
+    static const int32_t all[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    vi x;
+    memcpy(&x, all, sizeof x);
+    return x;
 }
 
-/* 16 stored numbers. */
+/* The first `count` lanes, `other` in those after them. */
+INLINE vf LEVEL(first)(vf x, int64_t count, float other) {
+    return LEVEL(choose)(LEVEL(numbers)() < (int32_t)(count < LANES ? count : LANES), x, (vf){} + other);
+}
+
+/* As many stored numbers. */
 INLINE vf LEVEL(stored)(int bfloat16, const char *at) {
     if (!bfloat16) return LEVEL(load)((const float *)at);
     vh half;
@@ -36,26 +48,24 @@ INLINE vf LEVEL(tangent)(vf x) {
 
 INLINE vf LEVEL(capped)(vf x, float cap) { return cap * LEVEL(tangent)(x / cap); }
 
+/* Halves are added until one number is left. */
 INLINE float LEVEL(sum)(vf x) {
-    vf8 half[2];
-    vf4 quarter[2];
-    memcpy(half, &x, sizeof half);
-    half[0] += half[1];
-    memcpy(quarter, half, sizeof quarter);
-    quarter[0] += quarter[1];
-    return (quarter[0][0] + quarter[0][2]) + (quarter[0][1] + quarter[0][3]);
+    v4 part[LANES / 4];
+    memcpy(part, &x, sizeof part);
+    for (int n = LANES / 8; n; n /= 2)
+        for (int i = 0; i < n; i++) part[i] += part[i + n];
+    return (part[0][0] + part[0][2]) + (part[0][1] + part[0][3]);
 }
 
 INLINE float LEVEL(largest)(vf x) {
-    vf8 half[2];
-    vf4 quarter[2];
-    memcpy(half, &x, sizeof half);
-    const vi8 left = half[0] > half[1];
-    half[0] = (vf8)(((vi8)half[0] & left) | ((vi8)half[1] & ~left));
-    memcpy(quarter, half, sizeof quarter);
-    const vi4 first = quarter[0] > quarter[1];
-    quarter[0] = (vf4)(((vi4)quarter[0] & first) | ((vi4)quarter[1] & ~first));
-    const float a = quarter[0][0] > quarter[0][2] ? quarter[0][0] : quarter[0][2];
-    const float b = quarter[0][1] > quarter[0][3] ? quarter[0][1] : quarter[0][3];
+    v4 part[LANES / 4];
+    memcpy(part, &x, sizeof part);
+    for (int n = LANES / 8; n; n /= 2)
+        for (int i = 0; i < n; i++) {
+            const v4i left = part[i] > part[i + n];
+            part[i] = (v4)(((v4i)part[i] & left) | ((v4i)part[i + n] & ~left));
+        }
+    const float a = part[0][0] > part[0][2] ? part[0][0] : part[0][2];
+    const float b = part[0][1] > part[0][3] ? part[0][1] : part[0][3];
     return a > b ? a : b;
 }

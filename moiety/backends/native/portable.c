@@ -1,14 +1,16 @@
 /* The level that every processor has: plain C, left to the compiler. */
 #define LEVEL_NAME portable
+#define LANES 4
 #include "vectors.h"
+#include "registers.h"
 
 #define AT_ONCE 2
 #define CHAINS 2
 
 INLINE vi dot4(vi sum, vi weight, const int8_t *x) {
-    uint8_t byte[4 * ROWS];
+    uint8_t byte[4 * LANES];
     memcpy(byte, &weight, sizeof byte);
-    for (int n = 0; n < ROWS; n++)
+    for (int n = 0; n < LANES; n++)
         for (int i = 0; i < 4; i++) sum[n] += byte[4 * n + i] * x[i];
     return sum;
 }
@@ -16,23 +18,23 @@ INLINE vi dot4(vi sum, vi weight, const int8_t *x) {
 INLINE vi dot4_wide(vi sum, vi weight, const int8_t *x) { return dot4(sum, weight, x); }
 
 INLINE vi lookup_bytes(const uint8_t table[16], vi index) {
-    uint8_t byte[4 * ROWS];
+    uint8_t byte[4 * LANES];
     memcpy(byte, &index, sizeof byte);
-    for (int n = 0; n < 4 * ROWS; n++) byte[n] = table[byte[n]];
+    for (int n = 0; n < 4 * LANES; n++) byte[n] = table[byte[n]];
     memcpy(&index, byte, sizeof byte);
     return index;
 }
 
 INLINE vf lookup_floats(const float table[16], vi index) {
     vf found;
-    for (int n = 0; n < ROWS; n++) found[n] = table[index[n]];
+    for (int n = 0; n < LANES; n++) found[n] = table[index[n]];
     return found;
 }
 
-/* 16 float16 numbers: exponent and fraction move into place, and 2 ** 112 repairs the bias, subnormal numbers included. */
+/* Numbers from float16: exponent and fraction move into place, and 2 ** 112 repairs the bias, subnormal numbers included. */
 INLINE vf widen_halves(const uint8_t *at) {
     vi bits;
-    for (int n = 0; n < ROWS; n++) {
+    for (int n = 0; n < LANES; n++) {
         uint16_t half;
         memcpy(&half, at + 2 * n, sizeof half);
         bits[n] = half;

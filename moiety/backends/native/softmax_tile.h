@@ -2,23 +2,23 @@
 
 #include "lanes.h"
 
-/* 16 scores of a row from column `at` on, and how they change with the logits times the multiplier; those past the last are
+/* LANES scores of a row from column `at` on, and how they change with the logits times the multiplier; those past the last are
  * -inf. */
 INLINE vf LEVEL(scores)(const loss_job *j, const char *row, int64_t at, vf *slope) {
     const int64_t size = j->bfloat16 ? 2 : 4, left = j->vocabulary - at;
-    char last[ROWS * 4] = {0};
-    if (left < ROWS) memcpy(last, row + at * size, left * size);
-    vf x = j->multiplier * LEVEL(stored)(j->bfloat16, left < ROWS ? last : row + at * size);
+    char last[LANES * 4] = {0};
+    if (left < LANES) memcpy(last, row + at * size, left * size);
+    vf x = j->multiplier * LEVEL(stored)(j->bfloat16, left < LANES ? last : row + at * size);
     if (j->cap > 0) {
         const vf part = LEVEL(tangent)(x / j->cap);
         x = j->cap * part, *slope = 1.0f - part * part;
     }
-    return left < ROWS ? LEVEL(first)(x, left, -INFINITY) : x;
+    return left < LANES ? LEVEL(first)(x, left, -INFINITY) : x;
 }
 
-/* Write 16 numbers over stored ones, rounded to the nearest; `left` of them exist. */
+/* Write numbers over stored ones, rounded to the nearest; `left` of them exist. */
 INLINE void LEVEL(store)(int bfloat16, char *to, vf x, int64_t left) {
-    const int64_t count = left < ROWS ? left : ROWS;
+    const int64_t count = left < LANES ? left : LANES;
     if (!bfloat16) {
         memcpy(to, &x, count * sizeof(float));
         return;
@@ -38,7 +38,7 @@ static void LEVEL(loss_row)(void *data, int64_t number) {
     char *row = j->logits + number * j->stride * size;
     const float scale = j->scale ? j->scale[number] : 1;
     vf highest = (vf){} - INFINITY, slope = (vf){} + 1.0f;
-    for (int64_t at = 0; at < j->vocabulary; at += ROWS) {
+    for (int64_t at = 0; at < j->vocabulary; at += LANES) {
         const vf x = LEVEL(scores)(j, row, at, &slope);
         highest = LEVEL(choose)((x > highest) | (x != x), x, highest);
     }
@@ -46,21 +46,21 @@ static void LEVEL(loss_row)(void *data, int64_t number) {
     double sum = 0;
     for (int64_t at = 0; at < j->vocabulary;) {
         vf part = {};
-        for (int n = 0; n < 64 && at < j->vocabulary; n++, at += ROWS) part += LEVEL(weight)(LEVEL(scores)(j, row, at, &slope) - most);
+        for (int n = 0; n < 64 && at < j->vocabulary; n++, at += LANES) part += LEVEL(weight)(LEVEL(scores)(j, row, at, &slope) - most);
         sum += LEVEL(sum)(part);
     }
-    const float of_target = LEVEL(scores)(j, row, target / ROWS * ROWS, &slope)[target % ROWS];
+    const float of_target = LEVEL(scores)(j, row, target / LANES * LANES, &slope)[target % LANES];
     j->nats[number] = scale * (log(sum) + ((double)most - of_target));
     if (!j->gradient) return;
     const float share = (float)(1 / sum), factor = scale * j->multiplier;
-    for (int64_t at = 0; at < j->vocabulary; at += ROWS) {
+    for (int64_t at = 0; at < j->vocabulary; at += LANES) {
         const vf x = LEVEL(scores)(j, row, at, &slope);
         vf p = LEVEL(weight)(x - most) * share;
-        if (target - at < ROWS && target >= at) p[target - at] -= 1;
+        if (target - at < LANES && target >= at) p[target - at] -= 1;
         LEVEL(store)(j->bfloat16, row + at * size, p * slope * factor, j->vocabulary - at);
     }
 }
-/* 16 scores of a causal row, those that are not seen -inf. */
+/* LANES scores of a causal row, those that are not seen -inf. */
 INLINE vf LEVEL(seen)(const float *row, int64_t at, int64_t limit, float scale) {
     return LEVEL(first)(scale * LEVEL(load)(row + at), limit - at, -INFINITY);
 }
@@ -70,21 +70,21 @@ static void LEVEL(share_row)(const causal_job *j, int64_t number) {
     float *row = j->score + number * j->stride;
     char *share = j->share + number * j->stride * size;
     vf highest = (vf){} - INFINITY, sums = {};
-    for (int64_t at = 0; at < limit; at += ROWS) {
+    for (int64_t at = 0; at < limit; at += LANES) {
         const vf x = LEVEL(seen)(row, at, limit, j->scale);
         highest = LEVEL(choose)((x > highest) | (x != x), x, highest);
     }
     const float most = LEVEL(largest)(highest);
-    for (int64_t at = 0; at < limit; at += ROWS) {
+    for (int64_t at = 0; at < limit; at += LANES) {
         const vf p = LEVEL(weight)(LEVEL(seen)(row, at, limit, j->scale) - most);
         sums += p;
         memcpy(row + at, &p, sizeof p);
     }
     const float sum = LEVEL(sum)(sums), part = 1 / sum;
     j->log_sum[number] = most + logf(sum);
-    for (int64_t at = 0; at < j->stride; at += ROWS) {
+    for (int64_t at = 0; at < j->stride; at += LANES) {
         const vf p = at < limit ? part * LEVEL(load)(row + at) : (vf){};
-        LEVEL(store)(j->bfloat16, share + at * size, p, ROWS);
+        LEVEL(store)(j->bfloat16, share + at * size, p, LANES);
     }
 }
 
@@ -94,23 +94,23 @@ static void LEVEL(share_row_back)(const causal_job *j, int64_t number) {
     char *share = j->share + number * j->stride * size, *grad = j->grad + number * j->stride * size;
     const float log_sum = j->log_sum[number];
     vf dots = {};
-    for (int64_t at = 0; at < j->stride; at += ROWS) {
+    for (int64_t at = 0; at < j->stride; at += LANES) {
         vf p = {};
         if (at < limit) {
             p = LEVEL(weight)(LEVEL(seen)(row, at, limit, j->scale) - log_sum);
             dots += p * LEVEL(first)(LEVEL(stored)(j->bfloat16, grad + at * size), limit - at, 0);
             memcpy(row + at, &p, sizeof p);
         }
-        LEVEL(store)(j->bfloat16, share + at * size, p, ROWS);
+        LEVEL(store)(j->bfloat16, share + at * size, p, LANES);
     }
     const float dot = LEVEL(sum)(dots);
-    for (int64_t at = 0; at < j->stride; at += ROWS) {
+    for (int64_t at = 0; at < j->stride; at += LANES) {
         vf change = {};
         if (at < limit) {
             const vf g = LEVEL(first)(LEVEL(stored)(j->bfloat16, grad + at * size), limit - at, 0);
             change = j->scale * LEVEL(load)(row + at) * (g - dot);
         }
-        LEVEL(store)(j->bfloat16, grad + at * size, change, ROWS);
+        LEVEL(store)(j->bfloat16, grad + at * size, change, LANES);
     }
 }
 
@@ -125,4 +125,3 @@ static void LEVEL(shares_back)(void *data, int64_t number) {
 }
 
 static const softmax_tasks LEVEL(softmax) = {LEVEL(loss_row), LEVEL(shares), LEVEL(shares_back)};
-#undef LEVEL_NAME

@@ -1,21 +1,31 @@
 /* The products of one level. Included by a file that has set what its instruction set needs:
  *
  *   LEVEL(name)   the name with the level's suffix
+ *   LANES         of a vector, one register's
  *   AT_ONCE       how many rows share an unpacked piece of a tile: as many as registers allow
- *   CHAINS        how many vectors are worked on side by side to see what the processor can do at most
+ *   CHAINS        how many vectors of 16 numbers are worked on side by side to see what the processor can do at most
  *   dot4, dot4_wide   to each lane of sums the products of its 4 unsigned bytes with 4 signed ones; wide: of all 8 bits
+ *   DOT_PAIRS     if defined: dot_pairs keeps sums in 16 bits, add_pairs adds them to sums in 32
  *   lookup_bytes, lookup_floats, widen_halves
  *
- * A vector is 16 lanes of 32 bits, one for each row of a tile; gcc and clang cut it to the registers there are. Every
- * output is summed in the same order whatever the number of rows, so results do not depend on what else is in a batch. */
+ * A tile has 16 rows, a lane of 32 bits for each; a vector is one of the PARTS of them. Every output is summed in the same
+ * order whatever the number of rows, so results do not depend on what else is in a batch. */
 
 #include "exponential.h"
 
-/* What one tile's scales are: of 16 rows. */
-INLINE vf LEVEL(scales)(int kind, const uint8_t *at) {
-    if (kind != KIND_MXFP4) return widen_halves(at);
+#define PARTS (ROWS / LANES)
+
+INLINE vi LEVEL(line)(const uint8_t *at) {
+    vi line;
+    memcpy(&line, at, sizeof line);
+    return line;
+}
+
+/* The scales of a part of a tile's rows. */
+INLINE vf LEVEL(scales)(int kind, const uint8_t *at, int part) {
+    if (kind != KIND_MXFP4) return widen_halves(at + 2 * LANES * part);
     vb bytes;
-    memcpy(&bytes, at, sizeof bytes);
+    memcpy(&bytes, at + LANES * part, sizeof bytes);
     const vi power = __builtin_convertvector(bytes, vi);
     /* 2 ** (power - 127), and half of it because the table holds doubled numbers; 0 means 2 ** -127 */
     vf half = (vf)(power << 23) * 0.5f;
@@ -26,31 +36,33 @@ INLINE int LEVEL(zero_of)(int kind) {
     return kind == KIND_INT8 ? 128 : kind == KIND_INT4 ? 8 : kind == KIND_MXFP4 ? 12 : 0;
 }
 
-/* Columns 4 quad .. 4 quad + 3 of an integer tile, as unsigned bytes. */
-INLINE vi LEVEL(integers)(int kind, int group, const uint8_t *tile, int quad) {
-    if (kind == KIND_INT8) return load_line(tile + 64 * quad);
+/* Columns 4 quad .. 4 quad + 3 of a part of an integer tile, as unsigned bytes. */
+INLINE vi LEVEL(integers)(int kind, int group, const uint8_t *tile, int quad, int part) {
+    tile += 4 * LANES * part;
+    if (kind == KIND_INT8) return LEVEL(line)(tile + 64 * quad);
     const int lines = group / 8, high = quad >= lines;
-    const vi both = load_line(tile + 64 * (quad - high * lines));
+    const vi both = LEVEL(line)(tile + 64 * (quad - high * lines));
     const vi code = (high ? (vi)((vu)both >> 4) : both) & 0x0f0f0f0f;
     if (kind != KIND_MXFP4) return code;
     static const uint8_t doubled[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0}; /* plus 12 */
     return lookup_bytes(doubled, code);
 }
 
-/* Column k of a floating point tile. */
-INLINE vf LEVEL(floats)(int kind, int group, const uint8_t *tile, int k) {
-    if (kind == KIND_FLOAT32) return (vf)load_line(tile + 64 * k);
+/* Column k of a part of a floating point tile. */
+INLINE vf LEVEL(floats)(int kind, int group, const uint8_t *tile, int k, int part) {
+    tile += 4 * LANES * part;
+    if (kind == KIND_FLOAT32) return (vf)LEVEL(line)(tile + 64 * k);
     if (kind == KIND_BFLOAT16) {
-        const vi pair = load_line(tile + 64 * (k / 2));
+        const vi pair = LEVEL(line)(tile + 64 * (k / 2));
         return (vf)(k % 2 ? pair & (int32_t)0xffff0000 : pair << 16);
     }
     if (kind == KIND_FLOAT8) {
-        const vi code = (vi)((vu)load_line(tile + 64 * (k / 4)) >> (8 * (k % 4)));
+        const vi code = (vi)((vu)LEVEL(line)(tile + 64 * (k / 4)) >> (8 * (k % 4)));
         return (vf)((code & 0x80) << 24 | (code & 0x7f) << 20) * 0x1p120f; /* the exponent's bias is 7 there, 127 here */
     }
     static const float quantile[16] = MOIETY_NF4;
     const int high = k >= group / 2, place = k - high * group / 2;
-    const vi code = (vi)((vu)load_line(tile + 64 * (place / 4)) >> (8 * (place % 4) + 4 * high)) & 15;
+    const vi code = (vi)((vu)LEVEL(line)(tile + 64 * (place / 4)) >> (8 * (place % 4) + 4 * high)) & 15;
     return lookup_floats(quantile, code);
 }
 
@@ -63,18 +75,19 @@ INLINE void LEVEL(fetch)(const uint8_t *tile, int past, int blocks, int64_t next
 }
 
 /* `count` rows with `blocks` row blocks side by side: an unpacked line serves all rows, a broadcast number all blocks. Both are
- * known when this is compiled, and so is the kind. */
+ * known when this is compiled, and so is the kind. Vector v is part v % PARTS of row block v / PARTS. */
 INLINE void LEVEL(integer_rows)(int kind, int group, int blocks, const matrix *w, span part, const uint8_t *tile,
                                 const operand *x, const int64_t *row, int count, float (*const *out)[ROWS], int64_t first) {
-    vf total[AT_ONCE][2];
+    vf total[AT_ONCE][2 * PARTS];
     const int8_t *code[AT_ONCE];
     const float *scale[AT_ONCE];
     const int32_t *sum[AT_ONCE];
+    const int vectors = blocks * PARTS;
     const int64_t next = w->groups * w->tile_bytes; /* to the next row block */
     for (int i = 0; i < count; i++) {
-        for (int b = 0; b < 2; b++) {
-            total[i][b] = (vf){};
-            if (part.from && b < blocks) memcpy(&total[i][b], out[b][first + i], sizeof(vf));
+        for (int v = 0; v < vectors; v++) {
+            total[i][v] = (vf){};
+            if (part.from) memcpy(&total[i][v], out[v / PARTS][first + i] + LANES * (v % PARTS), sizeof(vf));
         }
         code[i] = x->code + row[i] * x->width;
         scale[i] = x->scale + row[i] * x->groups;
@@ -86,68 +99,97 @@ INLINE void LEVEL(integer_rows)(int kind, int group, int blocks, const matrix *w
     tile += part.from * tile_bytes;
     for (int64_t g = part.from; g < part.to; g++, tile += tile_bytes) {
         if (!part.warm) LEVEL(fetch)(tile, (g + 1) * tile_bytes + PREFETCH_BYTES > next, blocks, next, tile_bytes);
-        vi inner[AT_ONCE][2], odd[2] = {{0}, {0}}; /* a single row's sums in two chains: whole numbers add up in any order */
-        for (int i = 0; i < count; i++) inner[i][0] = inner[i][1] = (vi){} + (kind == KIND_INT4_MINIMUM ? 0 : sum[i][g]);
+        vi inner[AT_ONCE][2 * PARTS];
+        for (int i = 0; i < count; i++)
+            for (int v = 0; v < vectors; v++) inner[i][v] = (vi){} + (kind == KIND_INT4_MINIMUM ? 0 : sum[i][g]);
+#ifdef DOT_PAIRS
+        if (kind != KIND_INT8) {
+            const int run = kind == KIND_MXFP4 ? 4 : 8;
+            for (int from = 0; from < group / 4; from += run) {
+                vi pairs[AT_ONCE][2 * PARTS];
+                for (int i = 0; i < count; i++)
+                    for (int v = 0; v < vectors; v++) pairs[i][v] = (vi){};
 #pragma GCC unroll 8
-        for (int quad = 0; quad < group / 4; quad++) {
-            vi line[2];
-            for (int b = 0; b < blocks; b++) line[b] = LEVEL(integers)(kind, group, tile + b * next, quad);
-            for (int i = 0; i < count; i++)
-                for (int b = 0; b < blocks; b++) {
-                    const int8_t *at = code[i] + g * group + 4 * quad;
-                    vi *const sum_of = count == 1 && quad % 2 ? &odd[b] : &inner[i][b];
-                    *sum_of = kind == KIND_INT8 ? dot4_wide(*sum_of, line[b], at) : dot4(*sum_of, line[b], at);
-                }
+                for (int quad = from; quad < from + run; quad++)
+                    for (int v = 0; v < vectors; v++) {
+                        const vi line = LEVEL(integers)(kind, group, tile + v / PARTS * next, quad, v % PARTS);
+                        for (int i = 0; i < count; i++)
+                            pairs[i][v] = dot_pairs(pairs[i][v], line, code[i] + g * group + 4 * quad);
+                    }
+                for (int i = 0; i < count; i++)
+                    for (int v = 0; v < vectors; v++) inner[i][v] = add_pairs(inner[i][v], pairs[i][v]);
+            }
+        } else
+#endif
+        {
+            vi odd[2 * PARTS]; /* a single row's sums in two chains: whole numbers add up in any order */
+            for (int v = 0; v < vectors; v++) odd[v] = (vi){};
+#pragma GCC unroll 8
+            for (int quad = 0; quad < group / 4; quad++) {
+                vi line[2 * PARTS];
+                for (int v = 0; v < vectors; v++) line[v] = LEVEL(integers)(kind, group, tile + v / PARTS * next, quad, v % PARTS);
+                for (int i = 0; i < count; i++)
+                    for (int v = 0; v < vectors; v++) {
+                        const int8_t *at = code[i] + g * group + 4 * quad;
+                        vi *const sum_of = count == 1 && quad % 2 ? &odd[v] : &inner[i][v];
+                        *sum_of = kind == KIND_INT8 ? dot4_wide(*sum_of, line[v], at) : dot4(*sum_of, line[v], at);
+                    }
+            }
+            for (int v = 0; v < vectors && count == 1; v++) inner[0][v] += odd[v];
         }
-        for (int b = 0; b < blocks; b++) {
-            const uint8_t *at = tile + b * next + code_bytes;
-            const vf scales = LEVEL(scales)(kind, at);
+        for (int v = 0; v < vectors; v++) {
+            const uint8_t *at = tile + v / PARTS * next + code_bytes;
+            const vf scales = LEVEL(scales)(kind, at, v % PARTS);
             vf minimum = {};
-            if (kind == KIND_INT4_MINIMUM) minimum = widen_halves(at + scale_bytes);
-            if (count == 1) inner[0][b] += odd[b];
+            if (kind == KIND_INT4_MINIMUM) minimum = widen_halves(at + scale_bytes + 2 * LANES * (v % PARTS));
             for (int i = 0; i < count; i++) {
-                total[i][b] += __builtin_convertvector(inner[i][b], vf) * (scales * scale[i][g]);
-                if (kind == KIND_INT4_MINIMUM) total[i][b] += minimum * (scale[i][g] * (float)sum[i][g]);
+                total[i][v] += __builtin_convertvector(inner[i][v], vf) * (scales * scale[i][g]);
+                if (kind == KIND_INT4_MINIMUM) total[i][v] += minimum * (scale[i][g] * (float)sum[i][g]);
             }
         }
     }
     for (int i = 0; i < count; i++)
-        for (int b = 0; b < blocks; b++) memcpy(out[b][first + i], &total[i][b], sizeof(vf));
+        for (int v = 0; v < vectors; v++)
+            memcpy(out[v / PARTS][first + i] + LANES * (v % PARTS), &total[i][v], sizeof(vf));
 }
 
 INLINE void LEVEL(float_rows)(int kind, int group, int blocks, const matrix *w, span part, const uint8_t *tile,
                               const operand *x, const int64_t *row, int count, float (*const *out)[ROWS], int64_t first) {
-    vf total[AT_ONCE][2];
+    vf total[AT_ONCE][2 * PARTS];
     const float *value[AT_ONCE];
+    const int vectors = blocks * PARTS;
     const int64_t next = w->groups * w->tile_bytes;
     for (int i = 0; i < count; i++) {
-        for (int b = 0; b < 2; b++) {
-            total[i][b] = (vf){};
-            if (part.from && b < blocks) memcpy(&total[i][b], out[b][first + i], sizeof(vf));
+        for (int v = 0; v < vectors; v++) {
+            total[i][v] = (vf){};
+            if (part.from) memcpy(&total[i][v], out[v / PARTS][first + i] + LANES * (v % PARTS), sizeof(vf));
         }
         value[i] = x->value + row[i] * x->width;
     }
     tile += part.from * w->tile_bytes;
     for (int64_t g = part.from; g < part.to; g++, tile += w->tile_bytes) {
         if (!part.warm) LEVEL(fetch)(tile, (g + 1) * w->tile_bytes + PREFETCH_BYTES > next, blocks, next, w->tile_bytes);
-        vf inner[AT_ONCE][2];
-        for (int i = 0; i < count; i++) inner[i][0] = inner[i][1] = (vf){};
+        vf inner[AT_ONCE][2 * PARTS];
+        for (int i = 0; i < count; i++)
+            for (int v = 0; v < vectors; v++) inner[i][v] = (vf){};
 #pragma GCC unroll 8
         for (int k = 0; k < group; k++) {
-            vf line[2];
-            for (int b = 0; b < blocks; b++) line[b] = LEVEL(floats)(kind, group, tile + b * next, k);
+            vf line[2 * PARTS];
+            for (int v = 0; v < vectors; v++) line[v] = LEVEL(floats)(kind, group, tile + v / PARTS * next, k, v % PARTS);
             for (int i = 0; i < count; i++)
-                for (int b = 0; b < blocks; b++) inner[i][b] += line[b] * value[i][g * group + k];
+                for (int v = 0; v < vectors; v++) inner[i][v] += line[v] * value[i][g * group + k];
         }
-        for (int b = 0; b < blocks; b++) {
+        for (int v = 0; v < vectors; v++) {
             vf scales = {};
-            if (kind == KIND_FLOAT8 || kind == KIND_NF4) scales = widen_halves(tile + b * next + w->tile_bytes - 2 * ROWS);
+            if (kind == KIND_FLOAT8 || kind == KIND_NF4)
+                scales = widen_halves(tile + v / PARTS * next + w->tile_bytes - 2 * ROWS + 2 * LANES * (v % PARTS));
             for (int i = 0; i < count; i++)
-                total[i][b] += kind == KIND_FLOAT8 || kind == KIND_NF4 ? inner[i][b] * scales : inner[i][b];
+                total[i][v] += kind == KIND_FLOAT8 || kind == KIND_NF4 ? inner[i][v] * scales : inner[i][v];
         }
     }
     for (int i = 0; i < count; i++)
-        for (int b = 0; b < blocks; b++) memcpy(out[b][first + i], &total[i][b], sizeof(vf));
+        for (int v = 0; v < vectors; v++)
+            memcpy(out[v / PARTS][first + i] + LANES * (v % PARTS), &total[i][v], sizeof(vf));
 }
 
 /* AT_ONCE rows at a time, then 4, then single ones. Where several sets of rows need the same tiles, they all take a piece of the
@@ -230,44 +272,53 @@ static void LEVEL(prepare)(const matrix *w, const float *x, int8_t *code, float 
 
 INLINE vf LEVEL(sigmoid)(vf x) { return 1.0f / (1.0f + LEVEL(exponential)(-x)); }
 
-static void LEVEL(activate)(int32_t activation, float limit, const float *gate, const float *up, float *hidden) {
-    vf g, u = (vf){} + 1.0f, y;
-    memcpy(&g, gate, sizeof g);
-    if (up) memcpy(&u, up, sizeof u);
+INLINE vf LEVEL(activated)(int32_t activation, float limit, vf g, vf u) {
     switch (activation) {
-    case ACT_SILU: y = g * LEVEL(sigmoid)(g) * u; break;
-    case ACT_RELU: y = LEVEL(choose)(g <= 0, (vf){}, g) * u; break;
-    case ACT_GELU_TANH: y = g * LEVEL(sigmoid)(1.5957691216f * (g + 0.044715f * g * g * g)) * u; break;
+    case ACT_SILU: return g * LEVEL(sigmoid)(g) * u;
+    case ACT_RELU: return LEVEL(choose)(g <= 0, (vf){}, g) * u;
+    case ACT_GELU_TANH: return g * LEVEL(sigmoid)(1.5957691216f * (g + 0.044715f * g * g * g)) * u;
     case ACT_GELU:
-        for (int n = 0; n < ROWS; n++) y[n] = 0.5f * g[n] * (1 + erff(g[n] * 0.70710678f)) * u[n];
-        break;
+        for (int n = 0; n < LANES; n++) g[n] = 0.5f * g[n] * (1 + erff(g[n] * 0.70710678f)) * u[n];
+        return g;
     case ACT_CLAMPED:
         g = LEVEL(choose)(g > limit, (vf){} + limit, g);
         u = LEVEL(choose)(u > limit, (vf){} + limit, LEVEL(choose)(u < -limit, (vf){} - limit, u));
-        y = (u + 1.0f) * g * LEVEL(sigmoid)(1.702f * g);
-        break;
-    default: y = g * u;
+        return (u + 1.0f) * g * LEVEL(sigmoid)(1.702f * g);
+    default: return g * u;
     }
-    memcpy(hidden, &y, sizeof y);
+}
+
+static void LEVEL(activate)(int32_t activation, float limit, const float *gate, const float *up, float *hidden) {
+    for (int n = 0; n < ROWS; n += LANES) {
+        vf g, u = (vf){} + 1.0f;
+        memcpy(&g, gate + n, sizeof g);
+        if (up) memcpy(&u, up + n, sizeof u);
+        const vf y = LEVEL(activated)(activation, limit, g, u);
+        memcpy(hidden + n, &y, sizeof y);
+    }
 }
 
 static float LEVEL(peak)(int32_t integers, int64_t rounds) {
-    vi whole[CHAINS], weight = (vi){} + 0x01020304 + (int32_t)(rounds & 1);
-    vf real[CHAINS], factor = (vf){} + 0.999f;
+    vi whole[CHAINS * PARTS], weight = (vi){} + 0x01020304 + (int32_t)(rounds & 1);
+    vf real[CHAINS * PARTS], factor = (vf){} + 0.999f;
     const int8_t x[4] = {1, -1, 2, -2};
-    for (int i = 0; i < CHAINS; i++) {
+    for (int i = 0; i < CHAINS * PARTS; i++) {
         whole[i] = (vi){} + i;
         real[i] = (vf){} + (float)i;
     }
     if (integers)
         for (int64_t r = 0; r < rounds; r++)
-            for (int i = 0; i < CHAINS; i++) whole[i] = dot4(whole[i], weight, x);
+#ifdef DOT_PAIRS
+            for (int i = 0; i < CHAINS * PARTS; i++) whole[i] = dot_pairs(whole[i], weight, x);
+#else
+            for (int i = 0; i < CHAINS * PARTS; i++) whole[i] = dot4(whole[i], weight, x);
+#endif
     else
         for (int64_t r = 0; r < rounds; r++)
-            for (int i = 0; i < CHAINS; i++) real[i] = real[i] * factor + factor;
+            for (int i = 0; i < CHAINS * PARTS; i++) real[i] = real[i] * factor + factor;
     float sum = 0;
-    for (int i = 0; i < CHAINS; i++)
-        for (int n = 0; n < ROWS; n++) sum += (float)whole[i][n] + real[i][n];
+    for (int i = 0; i < CHAINS * PARTS; i++)
+        for (int n = 0; n < LANES; n++) sum += (float)whole[i][n] + real[i][n];
     return sum;
 }
 
@@ -275,19 +326,19 @@ INLINE void LEVEL(dots_of)(const float *const *x, int count, const float *w, int
     vf sum[4][2];
     for (int i = 0; i < count; i++) sum[i][0] = sum[i][1] = (vf){};
     int64_t k = 0;
-    for (; k + 2 * ROWS <= columns; k += 2 * ROWS)
+    for (; k + 2 * LANES <= columns; k += 2 * LANES)
         for (int half = 0; half < 2; half++) {
             vf weight, number;
-            memcpy(&weight, w + k + half * ROWS, sizeof weight);
+            memcpy(&weight, w + k + half * LANES, sizeof weight);
             for (int i = 0; i < count; i++) {
-                memcpy(&number, x[i] + k + half * ROWS, sizeof number);
+                memcpy(&number, x[i] + k + half * LANES, sizeof number);
                 sum[i][half] += weight * number;
             }
         }
     for (int i = 0; i < count; i++) {
         const vf both = sum[i][0] + sum[i][1];
         float total = 0;
-        for (int n = 0; n < ROWS; n++) total += both[n];
+        for (int n = 0; n < LANES; n++) total += both[n];
         for (int64_t rest = k; rest < columns; rest++) total += w[rest] * x[i][rest];
         out[i] = total;
     }
@@ -301,33 +352,34 @@ static void LEVEL(dots)(const float *const *x, int32_t count, const float *w, in
     for (int32_t i = 0; i < count; i++) LEVEL(dots_of)(x + i, 1, w, columns, out + i);
 }
 
-/* 16 weights of a column, as many as there are rows. */
+/* Weights of a column, of as many rows as there are. */
 INLINE void LEVEL(put)(vf weight, int64_t rows, int32_t half, char *to) {
+    const size_t count = rows < LANES ? (size_t)rows : LANES;
     if (!half) {
-        memcpy(to, &weight, rows == ROWS ? sizeof weight : (size_t)rows * 4);
+        memcpy(to, &weight, count == LANES ? sizeof weight : count * 4);
         return;
     }
     const vu bits = (vu)weight; /* to the nearest, halves to the even one */
     const vu rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-    typedef uint16_t vh __attribute__((vector_size(32)));
     const vh halves = __builtin_convertvector(rounded, vh);
-    memcpy(to, &halves, rows == ROWS ? sizeof halves : (size_t)rows * 2);
+    memcpy(to, &halves, count == LANES ? sizeof halves : count * 2);
 }
 
-INLINE void LEVEL(unpack_kind)(int kind, const matrix *w, const uint8_t *tile, int64_t columns, int64_t rows, int32_t half,
-                               char *to, int64_t stride) {
+/* A part of a tile's rows, of which there are `rows`. */
+INLINE void LEVEL(unpack_part)(int kind, const matrix *w, const uint8_t *tile, int part, int64_t columns, int64_t rows,
+                               int32_t half, char *to, int64_t stride) {
     const int bits = kind == KIND_FLOAT32 ? 32 : kind == KIND_BFLOAT16 ? 16 : kind == KIND_FLOAT8 || kind == KIND_INT8 ? 8 : 4;
     const uint8_t *at = tile + ROWS * w->group * bits / 8;
     vf scales = (vf){} + 1.0f, minimum = {};
-    if (kind > KIND_BFLOAT16) scales = LEVEL(scales)(kind, at);
-    if (kind == KIND_INT4_MINIMUM) minimum = widen_halves(at + 2 * ROWS);
+    if (kind > KIND_BFLOAT16) scales = LEVEL(scales)(kind, at, part);
+    if (kind == KIND_INT4_MINIMUM) minimum = widen_halves(at + 2 * ROWS + 2 * LANES * part);
     if (!is_integer(kind)) {
         for (int64_t k = 0; k < columns; k++)
-            LEVEL(put)(LEVEL(floats)(kind, w->group, tile, (int)k) * scales, rows, half, to + k * stride);
+            LEVEL(put)(LEVEL(floats)(kind, w->group, tile, (int)k, part) * scales, rows, half, to + k * stride);
         return;
     }
     for (int64_t first = 0; first < columns; first += 4) {
-        const vu line = (vu)LEVEL(integers)(kind, w->group, tile, (int)first / 4);
+        const vu line = (vu)LEVEL(integers)(kind, w->group, tile, (int)first / 4, part);
         for (int64_t k = first; k < first + 4 && k < columns; k++) {
             const vi code = (vi)(line >> (uint32_t)(8 * (k - first)) & 0xff) - LEVEL(zero_of)(kind);
             vf weight = __builtin_convertvector(code, vf) * scales;
@@ -335,6 +387,12 @@ INLINE void LEVEL(unpack_kind)(int kind, const matrix *w, const uint8_t *tile, i
             LEVEL(put)(weight, rows, half, to + k * stride);
         }
     }
+}
+
+INLINE void LEVEL(unpack_kind)(int kind, const matrix *w, const uint8_t *tile, int64_t columns, int64_t rows, int32_t half,
+                               char *to, int64_t stride) {
+    for (int part = 0; part < PARTS && LANES * part < rows; part++)
+        LEVEL(unpack_part)(kind, w, tile, part, columns, rows - LANES * part, half, to + LANES * part * (half ? 2 : 4), stride);
 }
 
 static void LEVEL(unpack)(const matrix *w, const uint8_t *tile, int64_t columns, int64_t rows, int32_t half, char *to,

@@ -1,18 +1,8 @@
-/* A vector of 16 lanes, which gcc and clang cut to the registers that a level has, and what every level does with it. */
+/* What every level's vectors have in common. */
 #include <math.h>
 #include <string.h>
 
 #include "kernels.h"
-
-typedef int32_t vi __attribute__((vector_size(64)));
-typedef uint32_t vu __attribute__((vector_size(64)));
-typedef float vf __attribute__((vector_size(64)));
-typedef uint8_t vb __attribute__((vector_size(16)));
-typedef uint16_t vh __attribute__((vector_size(32)));
-typedef float vf8 __attribute__((vector_size(32)));
-typedef float vf4 __attribute__((vector_size(16)));
-typedef int32_t vi8 __attribute__((vector_size(32)));
-typedef int32_t vi4 __attribute__((vector_size(16)));
 
 #define INLINE static inline __attribute__((always_inline))
 #define PASTE(a, b) a##_##b
@@ -32,9 +22,3 @@ typedef struct {
     {-1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f, -0.28444138169288635f,                  \
      -0.18477343022823334f, -0.09105003625154495f, 0.0f, 0.07958029955625534f, 0.16093020141124725f,                   \
      0.24611230194568634f, 0.33791524171829224f, 0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f}
-
-INLINE vi load_line(const uint8_t *at) {
-    vi line;
-    memcpy(&line, at, sizeof line);
-    return line;
-}
