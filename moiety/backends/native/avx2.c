@@ -21,7 +21,6 @@ INLINE __m256i four(const int8_t *x) {
     return _mm256_set1_epi32(bytes);
 }
 
-/* Products of pairs of bytes stay in 16 bits for as many quads as fit: 8 of weights up to 15, 4 of weights up to 31. */
 #define DOT_PAIRS
 
 INLINE vi dot_pairs(vi pairs, vi weight, const int8_t *x) {
@@ -30,14 +29,13 @@ INLINE vi dot_pairs(vi pairs, vi weight, const int8_t *x) {
 
 INLINE vi add_pairs(vi sum, vi pairs) { return sum + (vi)_mm256_madd_epi16((__m256i)pairs, _mm256_set1_epi16(1)); }
 
-INLINE vi dot4(vi sum, vi weight, const int8_t *x) { return add_pairs(sum, dot_pairs((vi){}, weight, x)); }
+/* All eight bits, minus their zero: signs go to the other factor, so that 128 * 127 * 2 is the most. */
+#define DOT_SIGNED
 
-/* All eight bits: low and high four apart. */
 INLINE vi dot4_wide(vi sum, vi weight, const int8_t *x) {
-    const __m256i mask = _mm256_set1_epi8(15), w = (__m256i)weight, x4 = four(x);
-    const __m256i low = _mm256_maddubs_epi16(_mm256_and_si256(w, mask), x4);
-    const __m256i high = _mm256_maddubs_epi16(_mm256_and_si256(_mm256_srli_epi16(w, 4), mask), x4);
-    return sum + (vi)_mm256_madd_epi16(low, _mm256_set1_epi16(1)) + (vi)_mm256_madd_epi16(high, _mm256_set1_epi16(16));
+    const __m256i number = _mm256_xor_si256((__m256i)weight, _mm256_set1_epi8(-128));
+    const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(number), _mm256_sign_epi8(four(x), number));
+    return add_pairs(sum, (vi)pairs);
 }
 
 INLINE vi lookup_bytes(const uint8_t table[16], vi index) {

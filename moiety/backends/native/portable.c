@@ -7,15 +7,26 @@
 #define AT_ONCE 2
 #define CHAINS 2
 
-INLINE vi dot4(vi sum, vi weight, const int8_t *x) {
-    uint8_t byte[4 * LANES];
-    memcpy(byte, &weight, sizeof byte);
-    for (int n = 0; n < LANES; n++)
-        for (int i = 0; i < 4; i++) sum[n] += byte[4 * n + i] * x[i];
-    return sum;
+typedef uint16_t vp __attribute__((vector_size(4 * LANES)));
+
+/* A number for every half of a lane. */
+INLINE vi halves_of(int8_t low, int8_t high) { return (vi){} + (int32_t)((uint16_t)low | (uint32_t)(uint16_t)high << 16); }
+
+/* Weights 0 and 2 of each lane times their numbers, in 16 bits, and 1 and 3. */
+INLINE vp even_products(vi weight, const int8_t *x) { return (vp)(weight & 0x00ff00ff) * (vp)halves_of(x[0], x[2]); }
+INLINE vp odd_products(vi weight, const int8_t *x) { return (vp)((vi)((vu)weight >> 8) & 0x00ff00ff) * (vp)halves_of(x[1], x[3]); }
+
+#define DOT_PAIRS
+
+INLINE vi dot_pairs(vi pairs, vi weight, const int8_t *x) {
+    return (vi)((vp)pairs + even_products(weight, x) + odd_products(weight, x));
 }
 
-INLINE vi dot4_wide(vi sum, vi weight, const int8_t *x) { return dot4(sum, weight, x); }
+INLINE vi add_pairs(vi sum, vi pairs) { return sum + (pairs << 16 >> 16) + (pairs >> 16); }
+
+INLINE vi dot4_wide(vi sum, vi weight, const int8_t *x) {
+    return add_pairs(add_pairs(sum, (vi)even_products(weight, x)), (vi)odd_products(weight, x));
+}
 
 INLINE vi lookup_bytes(const uint8_t table[16], vi index) {
     uint8_t byte[4 * LANES];

@@ -5,7 +5,9 @@
  *   AT_ONCE       how many rows share an unpacked piece of a tile: as many as registers allow
  *   CHAINS        how many vectors of 16 numbers are worked on side by side to see what the processor can do at most
  *   dot4, dot4_wide   to each lane of sums the products of its 4 unsigned bytes with 4 signed ones; wide: of all 8 bits
- *   DOT_PAIRS     if defined: dot_pairs keeps sums in 16 bits, add_pairs adds them to sums in 32
+ *   DOT_PAIRS     if defined there is no dot4, but dot_pairs, which keeps sums in 16 bits, and add_pairs, which adds them to
+ *                 sums in 32: of 8 quads of weights up to 15, of 4 of weights up to 31
+ *   DOT_SIGNED    if defined, dot4_wide takes the code of zero off the weights
  *   lookup_bytes, lookup_floats, widen_halves
  *
  * A tile has 16 rows, a lane of 32 bits for each; a vector is one of the PARTS of them. Every output is summed in the same
@@ -99,9 +101,14 @@ INLINE void LEVEL(integer_rows)(int kind, int group, int blocks, const matrix *w
     tile += part.from * tile_bytes;
     for (int64_t g = part.from; g < part.to; g++, tile += tile_bytes) {
         if (!part.warm) LEVEL(fetch)(tile, (g + 1) * tile_bytes + PREFETCH_BYTES > next, blocks, next, tile_bytes);
+#ifdef DOT_SIGNED
+        const int has_zero = kind != KIND_INT4_MINIMUM && kind != KIND_INT8;
+#else
+        const int has_zero = kind != KIND_INT4_MINIMUM;
+#endif
         vi inner[AT_ONCE][2 * PARTS];
         for (int i = 0; i < count; i++)
-            for (int v = 0; v < vectors; v++) inner[i][v] = (vi){} + (kind == KIND_INT4_MINIMUM ? 0 : sum[i][g]);
+            for (int v = 0; v < vectors; v++) inner[i][v] = (vi){} + (has_zero ? sum[i][g] : 0);
 #ifdef DOT_PAIRS
         if (kind != KIND_INT8) {
             const int run = kind == KIND_MXFP4 ? 4 : 8;
@@ -132,7 +139,11 @@ INLINE void LEVEL(integer_rows)(int kind, int group, int blocks, const matrix *w
                     for (int v = 0; v < vectors; v++) {
                         const int8_t *at = code[i] + g * group + 4 * quad;
                         vi *const sum_of = count == 1 && quad % 2 ? &odd[v] : &inner[i][v];
-                        *sum_of = kind == KIND_INT8 ? dot4_wide(*sum_of, line[v], at) : dot4(*sum_of, line[v], at);
+#ifndef DOT_PAIRS
+                        if (kind != KIND_INT8) *sum_of = dot4(*sum_of, line[v], at);
+                        else
+#endif
+                            *sum_of = dot4_wide(*sum_of, line[v], at);
                     }
             }
             for (int v = 0; v < vectors && count == 1; v++) inner[0][v] += odd[v];
