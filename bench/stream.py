@@ -389,7 +389,9 @@ def main() -> int:
     missing = "xllamacpp is not installed" if importlib.util.find_spec("xllamacpp") is None else ""
     for folder in (CGROUPS, DISK_CGROUPS):
         if not os.access(folder, os.W_OK):
-            missing = f"{folder} is not there or not writable, and without its limits there is nothing to compare"
+            missing = (
+                f"{folder} is not there or not writable, and without its limits there is nothing to compare"
+            )
     if options.device != "cpu" or missing:
         print(missing or "this measures CPUs", file=sys.stderr)
         return finish("stream", [])

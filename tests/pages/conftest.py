@@ -36,7 +36,7 @@ class Look:
         """Wait until every chart is there."""
         self.until(DRAWN)
 
-    def until(self, holds: str, within_s: float = 15.0) -> None:
+    def until(self, holds: str, within_s: float = 30.0) -> None:
         """Wait for an expression to be true; playwright's own way needs `eval`, which the page's policy forbids."""
         end_s = time.monotonic() + within_s
         while not self.page.evaluate(holds):

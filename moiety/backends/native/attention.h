@@ -4,7 +4,7 @@
 
 #include "kernels.h"
 
-#define BLOCK 16                 /* keys scored at once: the lanes of a vector */
+#define BLOCK 16                 /* keys that lie side by side for each dimension */
 #define BLOCKS 4                 /* of a segment */
 #define SEGMENT (BLOCK * BLOCKS) /* keys between two corrections of the running softmax, from position 0 on */
 #define MOST_ROWS 64             /* queries of a task: they share each segment while it is in cache */

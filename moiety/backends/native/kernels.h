@@ -6,7 +6,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define ROWS 16 /* of a tile, and lanes of a vector */
+#define ROWS 16 /* of a tile */
 
 #ifdef _WIN32
 #define EXPORT __declspec(dllexport)
