@@ -127,6 +127,25 @@ def test_integers_are_exact(name: str, shape: tuple[int, int, list[int]], level:
     assert loose < 0.02 and (loose > 1e-5 or len(y) < 5), loose  # x is rounded, and how much that costs
 
 
+@pytest.mark.parametrize("signs", ["++", "+-", "-+", "--", "+±", "±+"])
+@pytest.mark.parametrize("name", INTEGERS)
+def test_the_largest_sums_there_can_be(name: str, signs: str, level: str) -> None:
+    """Every weight and every number has the largest size that its format has: where sums are narrow they are full."""
+
+    def of(sign: str, rows: int) -> Tensor:
+        one = torch.ones(rows, 256)
+        return one if sign == "+" else -one if sign == "-" else one * torch.tensor([1.0, -1.0]).repeat(128)
+
+    case = Grouped(name, 256, 48, [1, 7], bias=False)
+    case.x = of(signs[1], 8)
+    weight = of(signs[0], 2 * 48).reshape(2, 48, 256)
+    weight[:, :, ::32] *= (
+        1.125  # a minimum and a maximum, so that codes of formats with a minimum are not all 0
+    )
+    case.matrix = cpu.Matrix(pack(weight, case.form), None)
+    torch.testing.assert_close(case.multiply().double(), case.emulated(level), rtol=1e-6, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_levels_agree(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same roundings everywhere, so all that differs is the order in which four products are summed."""
