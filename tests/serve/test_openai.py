@@ -196,9 +196,9 @@ def test_the_client_comes_again_when_told() -> None:
         httpx.Client(event_hooks={"response": [note]}) as http,
         client_of(server, http_client=http) as client,
     ):
-        with client.completions.create(**long) as holding, client.completions.create(**long):
-            next(iter(holding))
-            with pytest.raises(openai.RateLimitError) as caught:
+        with client.completions.create(**long) as holding:
+            next(iter(holding))  # it waits no more, so that there is room for one who does
+            with client.completions.create(**long), pytest.raises(openai.RateLimitError) as caught:
                 client.completions.create(**short)
             assert caught.value.status_code == 429
         assert client.with_options(max_retries=50).completions.create(**short).usage is not None
