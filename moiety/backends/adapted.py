@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moiety.backends.grouped import Plan, activation_backward, activation_forward, sum_pairs
-from moiety.backends.matmul import multiply_rows, multiply_rows_back
+from moiety.backends.matmul import add_rows, add_rows_back, multiply_across, multiply_rows, multiply_rows_back
 from moiety.backends.weights import ExpertWeights, Matrices
 from moiety.routing import Routing
 
@@ -141,7 +141,7 @@ def add_delta(y_NF: Tensor, x_ND: Tensor, lora: Lora, expert: int) -> None:
     """y += scale B_e A_e x for rows of one expert. No gradient."""
     low = multiply_rows(x_ND, lora.a_of(expert))
     for span, columns, b_FR in lora.parts(expert):
-        y_NF[:, span].addmm_(low[:, columns], b_FR.t(), alpha=lora.scale)
+        add_rows(y_NF[:, span], low[:, columns], b_FR, lora.scale)
 
 
 class Gradients:
@@ -170,9 +170,11 @@ class Gradients:
         for span, columns, b_FR in lora.parts(expert):
             rows = slice(at, at + len(b_FR))
             # the other way round the product has R columns, and takes ten times as long
-            self.b[expert, rows].add_((low[:, columns].t() @ grad_NF[:, span]).t(), alpha=lora.scale)
+            self.b[expert, rows].add_(
+                multiply_across(low[:, columns], grad_NF[:, span]).t(), alpha=lora.scale
+            )
             at += len(b_FR)
-        self.a[expert if len(self.a) > 1 else 0] += grad_low.t() @ x_ND
+        self.a[expert if len(self.a) > 1 else 0] += multiply_across(grad_low, x_ND)
 
     def take(self, grad_NF: Tensor, x_ND: Tensor, expert: int) -> Tensor:
         """Add some rows to those before them; what x gets of it, (N, D)."""
@@ -200,7 +202,8 @@ class _AdaptedLinear(torch.autograd.Function):
         grad_low = added.back(grad_NF, 0)
         added.add(grad_NF, grad_low, x_ND, 0)
         if ctx.needs_input_grad[0]:
-            grad_x = multiply_rows_back(grad_NF, ctx.weight[0]).addmm_(grad_low, ctx.lora.a_of(0))
+            grad_x = multiply_rows_back(grad_NF, ctx.weight[0])
+            add_rows_back(grad_x, grad_low, ctx.lora.a_of(0))
         return grad_x, *_of(added), None, None, None
 
 
@@ -273,7 +276,7 @@ class _AdaptedMLP(torch.autograd.Function):
             grad_hidden = multiply_rows_back(grad_y, weights.down[expert])
             grad_low = None if down is None else down.back(grad_y, expert)
             if down is not None and grad_low is not None:
-                grad_hidden.addmm_(grad_low, down.lora.a_of(expert))
+                add_rows_back(grad_hidden, grad_low, down.lora.a_of(expert))
             hidden, grad_pre = activation_backward(weights, pre_NF[rows], grad_hidden, weight)
             wide = torch.promote_types(x_TD.dtype, torch.float32)
             grad_weight_N[rows] = (hidden * grad_hidden).sum(-1, dtype=wide)
@@ -287,7 +290,7 @@ class _AdaptedMLP(torch.autograd.Function):
             if need_x:
                 grad_x = multiply_rows_back(grad_pre, weights.up[expert])
                 if up is not None and grad_low is not None:
-                    grad_x.addmm_(grad_low, up.lora.a_of(expert))
+                    add_rows_back(grad_x, grad_low, up.lora.a_of(expert))
                 grad_x_ND[rows] = grad_x
         grad_x_TD = sum_pairs(grad_x_ND, None, plan.routing) if need_x else None
         of_weights = grad_weight_N[: plan.pairs] if ctx.needs_input_grad[1] else None

@@ -12,11 +12,10 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-import threading
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +32,6 @@ __all__ = [
     "LEVELS",
     "Matrix",
     "PackedExpertWeights",
-    "Unpacked",
     "check",
     "combine",
     "crew",
@@ -51,7 +49,6 @@ LEVELS = ("portable", "avx2", "avx512", "amx")  # in the order of `enum level`
 UNTRIED = "amx"  # on a processor: it has run in emulation only, and is used where it is asked for by name
 LEVEL_VARIABLE = "MOIETY_CPU_LEVEL"
 LIBRARY_VARIABLE = "MOIETY_CPU_LIBRARY"  # for tests: a file with the kernels, built in another way
-MOST_LENT_BYTES = 64 << 20  # of a larger matrix, an output head, there is only one
 ACTIVATIONS = {"none": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4, CLAMPED: 5}  # of `enum activation`
 
 
@@ -245,49 +242,6 @@ class PackedExpertWeights:
             gated=self.gated,
             activation_limit=self.activation_limit,
         )
-
-
-_lent = threading.local()
-
-
-def _lend(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """Memory of this thread for one unpacked matrix, (rows, columns): new pages would take as long as unpacking."""
-    size = rows * columns * dtype.itemsize
-    if size > MOST_LENT_BYTES:
-        return torch.empty(rows, columns, dtype=dtype)
-    room = getattr(_lent, "room", None)
-    if room is None or len(room) < size:
-        room = _lent.room = torch.empty(size, dtype=torch.uint8)
-    return cast(Tensor, room)[:size].view(dtype).view(rows, columns)
-
-
-class Unpacked:
-    """The matrices of a packed weight one at a time, as tensors: what a gradient passes through.
-
-    None is kept: one is there until this thread asks for the next, of this or another weight.
-
-    Args:
-        matrix: Packed, all its experts in memory.
-        dtype: Of the tensors.
-    """
-
-    def __init__(self, matrix: Matrix, dtype: torch.dtype) -> None:
-        assert matrix.place is None, "experts that come and go pass no gradients"
-        self._matrix, self._dtype = matrix, dtype
-        self.shape = (matrix.experts, matrix.weight.rows, matrix.weight.columns)
-
-    def __getitem__(self, expert: int) -> Tensor:
-        weight, kernels = self._matrix.weight, library()
-        if not level() or kernels is None:
-            return unpack(replace(weight, experts=1, tiles=weight.tiles[expert : expert + 1]))[0].to(
-                self._dtype
-            )
-        half = self._dtype == torch.bfloat16
-        to = _lend(weight.columns, weight.rows, torch.bfloat16 if half else torch.float32)
-        kernels.moiety_unpack(
-            self._matrix.address, expert, 2 if weight.interleaved else 1, half, to.data_ptr(), crew()
-        )
-        return to.t().to(self._dtype)
 
 
 def _ready(x: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from moiety.backends import causal, cpu_attention
 from moiety.backends.cpu_attention import PagedLayer, RaggedStep
+from moiety.backends.matmul import batched, widens
 from moiety.config import AttentionConfig
 from moiety.model.context import ForwardContext, Visible, by_sequence, project
 from moiety.model.norm import RMSNorm, unit_length
@@ -87,12 +88,25 @@ def attend(
         return _attend_by_hand(q_BHSd, k_BHKd, v_BHKd, seen.mask_SK, scale=scale, cap=cap, sinks_H=sinks_H)
     if seen.mask_SK is None and causal.takes(q_BHSd, k_BHKd, v_BHKd, scale):
         return causal.causal_attention(q_BHSd, k_BHKd, v_BHKd, scale=scale)
+    if (
+        widens(q_BHSd) and torch.is_grad_enabled() and q_BHSd.requires_grad
+    ):  # without a gradient torch has more than loops
+        with torch.autocast("cpu", enabled=False):
+            y_BHSw = _attend_fused(q_BHSd.float(), k_BHKd.float(), v_BHKd.float(), seen.mask_SK, scale)
+        return y_BHSw.to(q_BHSd.dtype)
+    return _attend_fused(q_BHSd, k_BHKd, v_BHKd, seen.mask_SK, scale)
+
+
+def _attend_fused(
+    q_BHSd: Tensor, k_BHKd: Tensor, v_BHKd: Tensor, mask_SK: Tensor | None, scale: float | None
+) -> Tensor:
+    """By torch; without a mask every query sees the keys up to its own."""
     return F.scaled_dot_product_attention(
         q_BHSd,
         k_BHKd,
         v_BHKd,
-        attn_mask=seen.mask_SK,
-        is_causal=seen.mask_SK is None and q_BHSd.shape[2] > 1,
+        attn_mask=mask_SK,
+        is_causal=mask_SK is None and q_BHSd.shape[2] > 1,
         scale=scale,
         enable_gqa=q_BHSd.shape[1] != k_BHKd.shape[1],
     )
@@ -112,7 +126,7 @@ def _attend_by_hand(
     heads, kv_heads, positions = q_BHSd.shape[1], k_BHKd.shape[1], q_BHSd.shape[2]
     group, wide = heads // kv_heads, torch.promote_types(q_BHSd.dtype, torch.float32)
     rows_BGRd = q_BHSd.unflatten(1, (kv_heads, group)).flatten(2, 3)  # a group's queries meet the same keys
-    score_BHSK = (rows_BGRd @ k_BHKd.transpose(-1, -2)).unflatten(2, (group, positions)).flatten(1, 2)
+    score_BHSK = batched(rows_BGRd, k_BHKd.transpose(-1, -2)).unflatten(2, (group, positions)).flatten(1, 2)
     score_BHSK = score_BHSK.to(wide) * (q_BHSd.shape[-1] ** -0.5 if scale is None else scale)
     if cap:
         score_BHSK = cap * (score_BHSK / cap).tanh()
@@ -126,7 +140,7 @@ def _attend_by_hand(
         sink_BHS1 = sinks_H.to(wide)[:, None, None].expand(len(q_BHSd), -1, positions, 1)
         share_BHSK = torch.cat([score_BHSK, sink_BHS1], dim=-1).softmax(-1)[..., :-1]
     rows_BGRK = share_BHSK.to(v_BHKd.dtype).unflatten(1, (kv_heads, group)).flatten(2, 3)
-    y_BHSd: Tensor = (rows_BGRK @ v_BHKd).unflatten(2, (group, positions)).flatten(1, 2)
+    y_BHSd: Tensor = batched(rows_BGRK, v_BHKd).unflatten(2, (group, positions)).flatten(1, 2)
     return y_BHSd
 
 

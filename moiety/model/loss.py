@@ -14,8 +14,8 @@ from torch.autograd.function import once_differentiable
 
 from moiety.backends import cpu_loss
 from moiety.backends.adapted import Gradients, Lora, add_delta
-from moiety.backends.cpu import Unpacked
 from moiety.backends.matmul import linear, multiply_into, multiply_rows, multiply_rows_back
+from moiety.backends.unpacked import UnpackedRows
 from moiety.moe.adapted import AdaptedLinear, AdaptedRows
 from moiety.moe.packed import PackedLinear, autocast, passes_gradient
 
@@ -25,6 +25,7 @@ IGNORED = -100
 SLICE_ELEMENTS = 1 << 21  # logits of one slice: 8 MiB in float32, which stays in cache
 # Of one slice, however many logits they have: the whole head is read for each, and packed anew.
 FEWEST_ROWS = 256
+UNPACKED_ELEMENTS = 1 << 25  # logits of one slice where the head is packed
 
 
 def head_logits(
@@ -73,7 +74,7 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any,
         hidden_TD: Tensor,
-        weight_VD: Tensor,
+        weight_VD: Tensor | UnpackedRows,
         bias_V: Tensor | None,
         a: Tensor | None,
         b: Tensor | None,
@@ -85,17 +86,18 @@ class _CrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         needs_grad, needs_weight = any(ctx.needs_input_grad), ctx.needs_input_grad[1]
         wide = torch.promote_types(hidden_TD.dtype, torch.float32)
-        rows = max(SLICE_ELEMENTS // len(weight_VD), FEWEST_ROWS)
+        rows = _rows_of_slice(len(hidden_TD), weight_VD)
         grad_TD = torch.empty_like(hidden_TD) if needs_grad else None
-        grad_VD = torch.zeros_like(weight_VD, dtype=wide) if needs_weight else None
+        learnt_VD = weight_VD if needs_weight and isinstance(weight_VD, Tensor) else None
+        grad_VD = None if learnt_VD is None else torch.zeros_like(learnt_VD, dtype=wide)
         grad_V = torch.zeros_like(bias_V, dtype=wide) if needs_grad and bias_V is not None else None
-        part_VD = torch.empty_like(weight_VD) if needs_weight else None
+        part_VD = None if learnt_VD is None else torch.empty_like(learnt_VD)
         added = None if lora is None else Gradients(lora)
         total = torch.zeros((), dtype=torch.float64, device=hidden_TD.device)
         for start in range(0, len(hidden_TD), rows):
             piece = slice(start, start + rows)
             hidden, target = hidden_TD[piece], target_T[piece]
-            raw = multiply_rows(hidden, weight_VD, bias_V)
+            raw = _logits(hidden, weight_VD, bias_V)
             if lora is not None:
                 add_delta(raw, hidden, lora, 0)
             nats, grad_logits = _of_logits(
@@ -106,7 +108,7 @@ class _CrossEntropy(torch.autograd.Function):
                 continue
             if grad_V is not None:
                 grad_V += grad_logits.sum(0, dtype=wide)
-            grad_TD[piece] = multiply_rows_back(grad_logits, weight_VD)
+            grad_TD[piece] = _back(grad_logits, weight_VD)
             if added is not None:
                 grad_TD[piece] += added.take(grad_logits, hidden, 0)
             if grad_VD is not None and part_VD is not None:
@@ -124,6 +126,26 @@ class _CrossEntropy(torch.autograd.Function):
         grad_TD, *others = ctx.saved_tensors
         found = [None if one is None else (one * grad).to(ctx.weight_dtype) for one in others]
         return grad_TD * grad.to(grad_TD.dtype), *found, None, None, None, None, None
+
+
+def _rows_of_slice(tokens: int, weight_VD: Tensor | UnpackedRows) -> int:
+    """Slices of a packed head are few, because it is unpacked twice for each, and equal."""
+    if isinstance(weight_VD, Tensor):
+        return max(SLICE_ELEMENTS // len(weight_VD), FEWEST_ROWS)
+    most = max(UNPACKED_ELEMENTS // len(weight_VD), FEWEST_ROWS)
+    return max(-(-tokens // -(-tokens // most)), 1) if tokens else 1
+
+
+def _logits(hidden_RD: Tensor, weight_VD: Tensor | UnpackedRows, bias_V: Tensor | None) -> Tensor:
+    if isinstance(weight_VD, UnpackedRows):
+        return weight_VD.multiply(hidden_RD, bias_V)
+    return multiply_rows(hidden_RD, weight_VD, bias_V)
+
+
+def _back(grad_RV: Tensor, weight_VD: Tensor | UnpackedRows) -> Tensor:
+    if isinstance(weight_VD, UnpackedRows):
+        return weight_VD.multiply_back(grad_RV)
+    return multiply_rows_back(grad_RV, weight_VD)
 
 
 def _of_logits(
@@ -178,8 +200,8 @@ def _no_gradient(
 
 def _frozen_head(
     head: PackedLinear | AdaptedLinear, dtype: torch.dtype
-) -> tuple[Tensor, Tensor | None, Lora | None]:
-    """Weight, bias and additions of a head in training; a packed one is unpacked for the time of the loss."""
+) -> tuple[Tensor | UnpackedRows, Tensor | None, Lora | None]:
+    """Weight, bias and additions of a head in training; of a packed one some rows at a time are unpacked."""
     lora = None
     if isinstance(head, AdaptedLinear):
         lora = head.lora(head.active, dtype) if head.present(None) else None
@@ -188,7 +210,7 @@ def _frozen_head(
             return base.weight.to(dtype), base.bias, lora
         assert isinstance(base, PackedLinear), type(base)
         head = base
-    return Unpacked(head.matrix, dtype)[0], head.bias, lora
+    return UnpackedRows(head.matrix, dtype), head.bias, lora
 
 
 def cross_entropy(
@@ -224,15 +246,17 @@ def cross_entropy(
     if isinstance(weight_VD, PackedLinear | AdaptedLinear):
         if not passes_gradient(weight_VD.training, hidden, *weight_VD.parameters()):
             return _no_gradient(hidden_TD, weight_VD, target_T, scale_T, multiplier, cap)
-        weight_VD, bias_V, lora = _frozen_head(weight_VD, autocast(hidden_TD).dtype)
+        head, bias_V, lora = _frozen_head(weight_VD, autocast(hidden_TD).dtype)
+    else:
+        head = weight_VD
     device, hidden_TD = hidden.device.type, autocast(hidden_TD)
-    if torch.is_autocast_enabled(device):
-        weight_VD = weight_VD.to(hidden_TD.dtype)
+    if torch.is_autocast_enabled(device) and isinstance(head, Tensor):
+        head = head.to(hidden_TD.dtype)
     if bias_V is not None:
-        bias_V = bias_V.to(weight_VD.dtype)
+        bias_V = bias_V.to(head.dtype)
     factors = (None, None) if lora is None else lora[:2]
     with torch.autocast(device, enabled=False):
         loss: Tensor = _CrossEntropy.apply(
-            hidden_TD, weight_VD, bias_V, *factors, target_T, scale_T, multiplier, cap, lora
+            hidden_TD, head, bias_V, *factors, target_T, scale_T, multiplier, cap, lora
         )
     return loss

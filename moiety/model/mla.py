@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from moiety.backends.matmul import batched
 from moiety.config import AttentionConfig
 from moiety.model.attention import Layer, attend, scaled_queries
 from moiety.model.context import ForwardContext, by_sequence, project
@@ -105,8 +106,7 @@ class LatentAttention(nn.Module):
         whole = kv_b.weight(context.adapters) if isinstance(kv_b, AdaptedLinear) else self.kv_b.weight
         weight = whole.to(q_nope.dtype).unflatten(0, (self.heads, self.nope + self.value))
         key_HnR, value_HvR = weight.split((self.nope, self.value), dim=1)
-        q_BHSd = scaled_queries(torch.cat([q_nope @ key_HnR, q_rope], dim=-1), self.layer, context)
+        q_BHSd = scaled_queries(torch.cat([batched(q_nope, key_HnR), q_rope], dim=-1), self.layer, context)
         seen, latent_B1KR = self.layer.visible(context), kept_B1Kd[..., : self.rank]
         y_BHSR = attend(q_BHSd, kept_B1Kd, latent_B1KR, seen, scale=self.scale, cap=self.cap)
-        y_BHSv: Tensor = y_BHSR @ value_HvR.transpose(1, 2)
-        return y_BHSv
+        return batched(y_BHSR, value_HvR.transpose(1, 2))

@@ -14,10 +14,11 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from moiety.backends import adapted, cpu
+from moiety.backends import adapted
 from moiety.backends.adapted import AdaptedWeights, Lora, add_delta
 from moiety.backends.grouped import activation_forward
 from moiety.backends.matmul import multiply_rows, project
+from moiety.backends.unpacked import Unpacked
 from moiety.backends.weights import Matrices
 from moiety.moe.experts import Experts, FeedForward
 from moiety.moe.packed import (
@@ -159,7 +160,7 @@ class AdaptedLinear(OneAdapted):
         bias = None if base.bias is None else base.bias.to(dtype)
         if isinstance(base, nn.Linear):
             return base.weight[None].to(dtype), self.lora(name, dtype), bias
-        return cpu.Unpacked(base.matrix, dtype), self.lora(name, dtype), bias
+        return Unpacked(base.matrix, dtype), self.lora(name, dtype), bias
 
     def _add(self, y_NF: Tensor, x_ND: Tensor, present: AdaptedRows) -> None:
         """y += what adapters say about their rows."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from moiety.backends import cpu, cpu_routing
-from moiety.backends.matmul import multiply_into, multiply_rows, multiply_rows_back
+from moiety.backends.matmul import multiply_into, multiply_rows, multiply_rows_back, project
 from moiety.errors import ConfigError, UsageError
 from moiety.moe.adapted import AdaptedExperts, AdaptedFeedForward, AdaptedRows
 from moiety.moe.capacity import Capacity, passes
@@ -445,7 +445,9 @@ class MoE(nn.Module):
             return None
         adapted = isinstance(self.shared, AdaptedFeedForward)
         shared_TD: Tensor = self.shared(x_TD, adapters) if adapted else self.shared(x_TD)
-        return shared_TD if self.shared_gate is None else self.shared_gate(x_TD).sigmoid() * shared_TD
+        return (
+            shared_TD if self.shared_gate is None else project(x_TD, self.shared_gate).sigmoid() * shared_TD
+        )
 
     def multiplied(self, routing: Routing) -> Routing:
         """The pairs of stored experts that a routing of this layer means: null experts left out, merged ones as one."""

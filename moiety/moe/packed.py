@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from moiety.backends import adapted, cpu
 from moiety.backends.adapted import AdaptedWeights
 from moiety.backends.matmul import multiply_rows, multiply_rows_back
+from moiety.backends.unpacked import Unpacked
 from moiety.backends.weights import Matrices
 from moiety.errors import UsageError
 from moiety.formats.tiles import ROWS, PackedWeight, Projection, expert_bytes, projections_in
@@ -60,7 +61,7 @@ class _Through(torch.autograd.Function):
     """x W^T with a W that is unpacked, once on the way forth and once on the way back; nothing is kept."""
 
     @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, weight: cpu.Unpacked) -> Tensor:
+    def forward(ctx: Any, x_ND: Tensor, weight: Unpacked) -> Tensor:
         ctx.weight = weight
         return multiply_rows(x_ND, weight[0])
 
@@ -152,7 +153,7 @@ class PackedLinear(nn.Module):
         if not passes_gradient(self.training, x):
             return cpu.linear(x, self.matrix)
         x = autocast(x)
-        y_NF: Tensor = _Through.apply(x.reshape(-1, x.shape[-1]), cpu.Unpacked(self.matrix, x.dtype))
+        y_NF: Tensor = _Through.apply(x.reshape(-1, x.shape[-1]), Unpacked(self.matrix, x.dtype))
         y: Tensor = y_NF.view(*x.shape[:-1], self.rows)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
@@ -205,8 +206,8 @@ class _PackedPair(nn.Module):
             return None if bias is None else bias.to(dtype)
 
         return AdaptedWeights(
-            up=cpu.Unpacked(packed.up, dtype),
-            down=cpu.Unpacked(packed.down, dtype),
+            up=Unpacked(packed.up, dtype),
+            down=Unpacked(packed.down, dtype),
             up_bias=of(packed.up.bias),
             down_bias=of(packed.down.bias),
             activation=self.activation,

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moiety.backends.matmul import batched
 from moiety.errors import ConfigError
 from moiety.moe.experts import Experts
 from moiety.routing import Routing
@@ -93,9 +94,9 @@ class SoftMoE(nn.Module):
                 logits_BSP = logits_BSP.masked_fill(~valid_BS[..., None], float("-inf"))
                 combine_BSP = combine_BSP * valid_BS[..., None]
             dispatch_BSP = logits_BSP.softmax(dim=1).nan_to_num()  # a sequence of padding alone mixes nothing
-        mixed_BPD = dispatch_BSP.to(x_BSD.dtype).transpose(1, 2) @ x_BSD
+        mixed_BPD = batched(dispatch_BSP.to(x_BSD.dtype).transpose(1, 2), x_BSD)
         answer_BPD = self._answers(mixed_BPD)
-        output_BSD = combine_BSP.to(x_BSD.dtype) @ answer_BPD
+        output_BSD = batched(combine_BSP.to(x_BSD.dtype), answer_BPD)
         return SoftMoEOutput(output_BSD, dispatch_BSP, combine_BSP)
 
     def _logits(self, x_BSD: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 from moiety.backends import adapted, cpu, reference
 from moiety.backends.adapted import AdaptedWeights, Lora, merged
 from moiety.backends.matmul import multiply_into, multiply_rows
+from moiety.backends.unpacked import Unpacked
 from moiety.backends.weights import CLAMPED, Matrices
 from moiety.formats import FORMATS
 from moiety.formats.tiles import pack, unpack
@@ -198,8 +199,8 @@ def test_packed_matrices_are_those_that_their_tiles_mean(form: str, adapts: bool
     meant: Any = replace(plain, up=unpack(up).double(), down=unpack(down).double(), **none)
     packed: Any = replace(
         meant,
-        up=cpu.Unpacked(cpu.Matrix(up), torch.float64),
-        down=cpu.Unpacked(cpu.Matrix(down), torch.float64),
+        up=Unpacked(cpu.Matrix(up), torch.float64),
+        down=Unpacked(cpu.Matrix(down), torch.float64),
     )
     routing, x_TD = routed(40, 5, 2), torch.randn(40, D, dtype=torch.float64)
     truth = run(meant, routing, x_TD, torch.float64, "dense")

@@ -10,7 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moiety.formats import FORMATS
+from moiety.formats.tiles import pack, unpack
 from moiety.model.loss import IGNORED, SLICE_ELEMENTS, cross_entropy, head_logits
+from moiety.moe.packed import PackedLinear
 from tests import tiny
 from tests.oracle import assert_all_close_enough
 
@@ -242,3 +245,33 @@ def test_a_head_with_bias_under_autocast() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         cast, plainly = (all_gradients(one, wide, target, cap=3.0) for one in (by_slices, by_whole))
     assert_all_close_enough(cast, plainly, true, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("slice_elements", [1, 4 * 50, 1 << 20])
+def test_a_packed_head_some_rows_at_a_time(
+    head: str, slice_elements: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parts of 16 rows, and slices of one token, of some and of all; nothing scored is a loss of nothing."""
+    monkeypatch.setattr("moiety.model.loss.UNPACKED_ELEMENTS", slice_elements)
+    monkeypatch.setattr("moiety.model.loss.FEWEST_ROWS", 1)
+    monkeypatch.setattr("moiety.backends.unpacked.PART_BYTES", 1)
+    hidden, weight_VD, target = case(50, 8, 3, 5)
+    bias_V = torch.randn(50).bfloat16()
+    packed = PackedLinear(pack(weight_VD[None].float(), FORMATS["int8-g32"]), bias_V).train()
+    leaves = {"hidden": hidden}
+    fixed = {"weight": unpack(packed.weight)[0].double(), "bias": bias_V.double()}
+
+    def ours(leaf: dict[str, Tensor], target: Tensor, **said: float) -> Tensor:
+        return cross_entropy(leaf["hidden"], packed, target, **said)
+
+    def plainly(leaf: dict[str, Tensor], target: Tensor, **said: float) -> Tensor:
+        return by_whole(leaf | {n: one.to(leaf["hidden"].dtype) for n, one in fixed.items()}, target, **said)
+
+    true = all_gradients(plainly, leaves, target, **HEADS[head])
+    for dtype in (torch.float32, torch.bfloat16):
+        narrow = {"hidden": hidden.to(dtype)}
+        fast, noisy = (all_gradients(one, narrow, target, **HEADS[head]) for one in (ours, plainly))
+        assert_all_close_enough(fast, noisy, true, dtype=dtype)
+    nothing = torch.full_like(target, IGNORED)
+    assert float(ours({"hidden": hidden.float().requires_grad_()}, nothing).detach()) == 0
