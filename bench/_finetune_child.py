@@ -21,7 +21,7 @@ from moiety.model import checkpoint
 from moiety.model.adapter_files import load_adapter
 from moiety.model.transformer import Transformer
 from moiety.quant.pretend import packed_model, shape_named
-from moiety.train.host import keep_freed_memory, peak_memory_bytes
+from moiety.train.host import LARGEST_KEPT, keep_freed_memory, peak_memory_bytes
 from moiety.train.lora import LoraOptions, adapt
 
 __all__ = ["OPTIONS", "initialized", "main"]
@@ -92,7 +92,7 @@ def built(spec: dict[str, Any]) -> tuple[nn.Module, LossOf]:
 def main() -> int:
     """Build, say how much learns, then step after step."""
     spec = json.loads(sys.argv[1])
-    keep_freed_memory()
+    keep_freed_memory(0 if spec["side"] == "peft" else LARGEST_KEPT)
     model, loss_of = built(spec)
     model.train()
     learning = [one for one in model.parameters() if one.requires_grad]

@@ -26,7 +26,7 @@ from _harness import Row, arguments, compare, finish
 from torch import nn
 
 from moiety.backends.matmul import has_products
-from moiety.cli.shapes import TORCH_CACHE
+from moiety.cli.torch_settings import LARGE_PAGES, TORCH_CACHE
 from moiety.config import ModelConfig
 from moiety.model import checkpoint
 from moiety.model.adapter_files import family_at, save_adapter
@@ -38,7 +38,7 @@ from moiety.train.model_options import ModelOptions
 MODEL = ModelOptions(d_model=512, layers=4, heads=8, d_ff=512, experts=32, experts_per_token=4)
 VOCABULARY, SEQUENCES, LENGTH = 4096, 4, 512
 SHAPE, QLORA_TOKENS, MOST_GB = "olmoe-1b-7b", 1024, 6.0
-AS_FINETUNE = {TORCH_CACHE: "64"}  # what `cli/finetune.py` sets before torch is imported
+AS_FINETUNE = {TORCH_CACHE: "64", LARGE_PAGES: "1"}  # what `cli/finetune.py` sets before torch is imported
 WARM, LEAST, MOST = 10, 5, 15
 FASTER, SLOWER = 2.0, 1.3
 

@@ -7,7 +7,8 @@ again. The definition is `reference` with `merged` matrices.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from moiety.backends.grouped import Plan, activation_backward, activation_forward, sum_pairs
 from moiety.backends.matmul import add_rows, add_rows_back, multiply_across, multiply_rows, multiply_rows_back
-from moiety.backends.weights import ExpertWeights, Matrices
+from moiety.backends.weights import ExpertWeights, Matrices, emptied
 from moiety.routing import Routing
 
 __all__ = ["AdaptedWeights", "Gradients", "Lora", "add_delta", "expert_mlp", "linear", "merged"]
@@ -63,6 +64,10 @@ class Lora(NamedTuple):
         """In another dtype; gradients flow back."""
         return self._replace(a=self.a.to(dtype), b=self.b.to(dtype))
 
+    def shapes(self) -> Lora:
+        """The same without memory."""
+        return self._replace(a=emptied(self.a), b=emptied(self.b))
+
     def dense(self, rows: int) -> Tensor:
         """scale B A as whole matrices, (E, rows, D), in float32 at least."""
         wide = torch.promote_types(self.b.dtype, torch.float32)
@@ -106,6 +111,34 @@ class AdaptedWeights:
     def d_ff(self) -> int:
         """Inner width F of one expert."""
         return self.down.shape[2]
+
+    @property
+    def tensors(self) -> list[Tensor | None]:
+        """Those that are large, or were made for this call, for `filled`; packed matrices are in neither."""
+        stacks = [one if isinstance(one, Tensor) else None for one in (self.up, self.down)]
+        factors = [(None, None) if one is None else one[:2] for one in (self.up_lora, self.down_lora)]
+        return [*stacks, *factors[0], *factors[1]]
+
+    def shapes(self) -> AdaptedWeights:
+        """The same without the memory of `tensors`: a node of a graph must not keep alive what autograd lets go."""
+        up, down = (emptied(one) if isinstance(one, Tensor) else one for one in (self.up, self.down))
+        up_lora, down_lora = (None if one is None else one.shapes() for one in (self.up_lora, self.down_lora))
+        return replace(self, up=up, down=down, up_lora=up_lora, down_lora=down_lora)
+
+    def filled(self, tensors: Sequence[Tensor | None]) -> AdaptedWeights:
+        """What `shapes` was made of."""
+        up, down, *factors = tensors
+        return replace(
+            self,
+            up=self.up if up is None else up,
+            down=self.down if down is None else down,
+            up_lora=_with(self.up_lora, *factors[:2]),
+            down_lora=_with(self.down_lora, *factors[2:]),
+        )
+
+
+def _with(lora: Lora | None, a: Tensor | None, b: Tensor | None) -> Lora | None:
+    return None if lora is None or a is None or b is None else lora._replace(a=a, b=b)
 
 
 def merged(weights: AdaptedWeights, dtype: torch.dtype | None = None) -> ExpertWeights:
@@ -188,8 +221,9 @@ class _AdaptedLinear(torch.autograd.Function):
     def forward(
         ctx: Any, x_ND: Tensor, a: Tensor, b: Tensor, weight: Matrices, bias_F: Tensor | None, lora: Lora
     ) -> Tensor:
-        ctx.save_for_backward(x_ND)
-        ctx.weight, ctx.lora = weight, lora
+        plain = weight if isinstance(weight, Tensor) else None
+        ctx.save_for_backward(x_ND, a, b, plain)
+        ctx.weight, ctx.lora = weight if plain is None else None, lora.shapes()
         y_NF = multiply_rows(x_ND, weight[0], bias_F)
         add_delta(y_NF, x_ND, lora, 0)
         return y_NF
@@ -197,13 +231,15 @@ class _AdaptedLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_NF: Tensor) -> tuple[Tensor | None, ...]:
-        (x_ND,) = ctx.saved_tensors
-        grad_NF, added, grad_x = grad_NF.contiguous(), Gradients(ctx.lora), None
+        x_ND, a, b, plain = ctx.saved_tensors
+        weight: Matrices = ctx.weight if plain is None else plain
+        lora: Lora = ctx.lora._replace(a=a, b=b)
+        grad_NF, added, grad_x = grad_NF.contiguous(), Gradients(lora), None
         grad_low = added.back(grad_NF, 0)
         added.add(grad_NF, grad_low, x_ND, 0)
         if ctx.needs_input_grad[0]:
-            grad_x = multiply_rows_back(grad_NF, ctx.weight[0])
-            add_rows_back(grad_x, grad_low, ctx.lora.a_of(0))
+            grad_x = multiply_rows_back(grad_NF, weight[0])
+            add_rows_back(grad_x, grad_low, lora.a_of(0))
         return grad_x, *_of(added), None, None, None
 
 
@@ -251,16 +287,16 @@ class _AdaptedMLP(torch.autograd.Function):
             if weights.down_lora is not None:
                 add_delta(y, hidden, weights.down_lora, expert)
             pre_NF[rows], y_ND[rows] = pre, y
-        ctx.save_for_backward(x_TD, weight_N, pre_NF)
-        ctx.plan, ctx.weights = plan, weights
+        ctx.save_for_backward(x_TD, weight_N, pre_NF, *weights.tensors)
+        ctx.plan, ctx.weights = plan, weights.shapes()
         return sum_pairs(y_ND, weight_N, routing)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
-        x_TD, weight_N, pre_NF = ctx.saved_tensors
+        x_TD, weight_N, pre_NF, *tensors = ctx.saved_tensors
         plan: Plan = ctx.plan
-        weights: AdaptedWeights = ctx.weights
+        weights: AdaptedWeights = ctx.weights.filled(tensors)
         need_x = ctx.needs_input_grad[0]
         up, down = (
             Gradients(lora) if lora is not None else None for lora in (weights.up_lora, weights.down_lora)

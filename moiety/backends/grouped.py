@@ -23,12 +23,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moiety.backends.matmul import (
+    has_products,
     multiply_into,
     multiply_rows,
     multiply_rows_back,
     multiply_rows_into,
     prefers_onednn,
-    widens,
 )
 from moiety.backends.weights import (
     CLAMPED,
@@ -80,12 +80,12 @@ def _groupable(dtype: torch.dtype, *widths: int) -> bool:
 
 
 def _chunks(
-    slices: list[tuple[int, int, int]], x_TD: Tensor, widths: tuple[int, ...], alone: bool
+    slices: list[tuple[int, int, int]], dtype: torch.dtype, widths: tuple[int, ...], alone: bool
 ) -> list[Chunk]:
     """Cut the experts into chunks; an expert without rows only ever sits inside a chunk."""
-    most_rows = max(CHUNK_BYTES // (sum(widths) * x_TD.itemsize), 1)
-    own = OWN_CHUNK_ROWS_ONEDNN if x_TD.dtype == torch.float32 and prefers_onednn() else OWN_CHUNK_ROWS
-    groupable = not alone and not widens(x_TD) and _groupable(x_TD.dtype, *widths)
+    most_rows = max(CHUNK_BYTES // (sum(widths) * dtype.itemsize), 1)
+    own = OWN_CHUNK_ROWS_ONEDNN if dtype == torch.float32 and prefers_onednn() else OWN_CHUNK_ROWS
+    groupable = not alone and has_products(dtype) and _groupable(dtype, *widths)
     chunks: list[Chunk] = []
     for expert, start, stop in slices:
         last = chunks[-1] if chunks else None
@@ -163,7 +163,7 @@ class Plan:
         else:
             self.slices = routing.slices
             widths = (weights.up.shape[1], *weights.down.shape[1:])
-            self.chunks = _chunks(self.slices, x_TD, widths, alone)
+            self.chunks = _chunks(self.slices, x_TD.dtype, widths, alone)
             if len(self.chunks) == 1:  # its count hardly varies, and the product is kept as it is
                 self.chunks = [self.chunks[0]._replace(reach=self.chunks[0].row_stop)]
         self.rows = max((chunk.reach for chunk in self.chunks), default=0)  # with the spare room at the end
@@ -245,7 +245,7 @@ class _ExpertMLP(torch.autograd.Function):
             elif not direct:
                 pre_NF[chunk.row : chunk.row_stop] = pre[: chunk.row_stop - chunk.row]
         ctx.save_for_backward(x_TD, weight_N, up, down, pre_NF, up_bias, down_bias)
-        ctx.plan, ctx.weights, ctx.expert_N = plan, weights, expert_N
+        ctx.plan, ctx.weights, ctx.expert_N = plan, weights.shapes(), expert_N
         return sum_pairs(y_ND, weight_N, routing)
 
     @staticmethod

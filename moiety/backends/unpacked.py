@@ -40,12 +40,13 @@ class Unpacked:
 
     Args:
         matrix: Packed, all its experts in memory.
-        dtype: Of the tensors.
+        dtype: Of what they are multiplied with; theirs is a wider one where products are.
     """
 
     def __init__(self, matrix: Matrix, dtype: torch.dtype) -> None:
         assert matrix.place is None, "experts that come and go pass no gradients"
-        self._matrix, self._dtype = matrix, dtype
+        self._matrix = matrix
+        self._dtype = dtype if matmul.has_products(dtype) else torch.promote_types(dtype, torch.float32)
         self.shape = (matrix.experts, matrix.weight.rows, matrix.weight.columns)
 
     def __getitem__(self, expert: int) -> Tensor:
@@ -74,10 +75,9 @@ class UnpackedRows:
         weight = matrix.weight
         assert weight.experts == 1 and not weight.interleaved, weight
         self.dtype, self.shape = dtype, (weight.rows, weight.columns)
-        parts = dtype if matmul.has_products(dtype) else torch.promote_types(dtype, torch.float32)
-        most = max(PART_BYTES // (weight.columns * parts.itemsize) // ROWS, 1) * ROWS
+        most = max(PART_BYTES // (weight.columns * 4) // ROWS, 1) * ROWS
         self._parts = [
-            (slice(at, at + most), Unpacked(Matrix(_rows(weight, at, most)), parts))
+            (slice(at, at + most), Unpacked(Matrix(_rows(weight, at, most)), dtype))
             for at in range(0, weight.rows, most)
         ]
 

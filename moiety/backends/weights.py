@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 import torch
@@ -23,6 +23,7 @@ __all__ = [
     "check_activation",
     "clamped_swiglu",
     "clamped_swiglu_backward",
+    "emptied",
 ]
 
 CLAMPED = "clamped_swiglu"  # of gate and up together, so not among ACTIVATIONS
@@ -55,6 +56,15 @@ class ExpertWeights:
     def d_ff(self) -> int:
         """Inner width F of one expert."""
         return self.down.shape[2]
+
+    def shapes(self) -> ExpertWeights:
+        """The same without memory, for a node of a graph that must not keep alive what autograd lets go."""
+        return replace(self, up=emptied(self.up), down=emptied(self.down), up_bias=None, down_bias=None)
+
+
+def emptied(tensor: Tensor) -> Tensor:
+    """Shape and dtype alone."""
+    return torch.empty_like(tensor, device="meta")
 
 
 class Matrices(Protocol):

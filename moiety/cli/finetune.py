@@ -11,7 +11,7 @@ from cyclopts import Parameter
 
 from moiety.cli.output import command, interruptible, print_json, print_table, talk
 from moiety.cli.own import import_own_routers
-from moiety.cli.shapes import TORCH_CACHE, keep_few_shapes
+from moiety.cli.torch_settings import TORCH_CACHE, keep_few_shapes, use_large_pages
 from moiety.errors import UsageError
 from moiety.infer.options import RecordOptions
 from moiety.model.adapter_options import LoraOptions
@@ -57,6 +57,7 @@ def finetune(
         A checkpoint or run folder, a .gguf file, or owner/name on the hub; none with --resume.
     """
     keep_few_shapes(TORCH_CACHE)
+    use_large_pages()
     from moiety.train import finetune as runs
     from moiety.train.track import check_trackers
 
@@ -96,10 +97,10 @@ def _carry_out(
     """All steps, shown; the last one."""
     from moiety.cli.progress import train_shown
     from moiety.train.compare import Contender
-    from moiety.train.host import keep_freed_memory
+    from moiety.train.host import LARGEST_KEPT, keep_freed_memory
     from moiety.train.state import read_state
 
-    keep_freed_memory()
+    keep_freed_memory(LARGEST_KEPT if run.plan.options.adapts else 0)
     contender = Contender(name=out.name, config=run.model.config, options=run.plan.train)
     before = 0 if run.checkpoint is None else read_state(run.checkpoint).step
     with interruptible(talk(), "the step at hand is finished, then saved") as stop:

@@ -10,7 +10,7 @@ from cyclopts import Parameter
 from moiety.cli import judged, judged_server
 from moiety.cli.output import command, talk
 from moiety.cli.own import import_own_routers
-from moiety.cli.shapes import ONEDNN_CACHE, TORCH_CACHE, keep_few_shapes
+from moiety.cli.torch_settings import ONEDNN_CACHE, TORCH_CACHE, keep_few_shapes
 from moiety.errors import DependencyError
 from moiety.infer.options import EngineOptions, StreamOptions
 from moiety.serve.options import KEY, ServeOptions

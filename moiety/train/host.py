@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 __all__ = [
+    "LARGEST_KEPT",
     "cpu_features",
     "cpu_name",
     "give_back_freed_memory",
@@ -21,15 +22,24 @@ __all__ = [
 ]
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # from malloc.h
+LARGEST_KEPT = (
+    8_000_000  # under adapters, whose temporaries are the largest part of what a step is working on
+)
 FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
 
 
-def keep_freed_memory() -> bool:
+def keep_freed_memory(largest: int = 0) -> bool:
     """Let this process keep freed memory for itself instead of giving it back to the system.
 
     By default every large temporary is new memory that the kernel clears page by page; a step of
     training asks for the same sizes over and over (LOG.md has the timings). Peak memory does not change, resident
     memory stays near the peak. Has an effect with glibc only.
+
+    What lives as long as a step lies between what does not, so freed memory is in pieces, and a large temporary finds
+    none that it fits in: under an adapter that was half a gigabyte of holes. With `largest` those are new memory again.
+
+    Args:
+        largest: Bytes from which on a piece is given back; 0 keeps all.
 
     Returns:
         True if it took effect.
@@ -37,7 +47,8 @@ def keep_freed_memory() -> bool:
     if sys.platform != "linux" or platform.libc_ver()[0] != "glibc":
         return False
     libc = ctypes.CDLL(None)
-    return bool(libc.mallopt(M_MMAP_MAX, 0)) and bool(libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
+    border = libc.mallopt(M_MMAP_THRESHOLD, largest) if largest else libc.mallopt(M_MMAP_MAX, 0)
+    return bool(border) and bool(libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
 
 
 def give_back_freed_memory() -> bool:

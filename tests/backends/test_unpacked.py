@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moiety.backends import cpu, unpacked
+from moiety.backends import cpu, matmul, unpacked
 from moiety.backends.unpacked import Unpacked, UnpackedRows
 from moiety.formats import FORMATS
 from moiety.formats.tiles import pack, unpack
@@ -17,9 +17,10 @@ SHAPES = [(False, 37, 300), (True, 54, 130), (True, 64, 128), (False, 16, 3)]
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize(("interleaved", "rows", "columns"), SHAPES)
 def test_unpacked_is_what_the_tiles_mean(
-    level: str, form: str, interleaved: bool, rows: int, columns: int
+    level: str, form: str, interleaved: bool, rows: int, columns: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert cpu.level() == level
+    monkeypatch.setattr(matmul, "has_products", lambda dtype: True)
     packed = pack(torch.randn(3, rows, columns), FORMATS[form], interleaved=interleaved)
     matrix, true = cpu.Matrix(packed), unpack(packed)
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
@@ -31,6 +32,14 @@ def test_unpacked_is_what_the_tiles_mean(
                 torch.testing.assert_close(stack[expert], true[expert].to(dtype), rtol=8e-3, atol=1e-6)
             else:
                 assert torch.equal(stack[expert], true[expert].to(dtype))
+
+
+def test_where_products_are_float32_so_are_the_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matmul, "has_products", lambda dtype: dtype in (torch.float32, torch.float64))
+    packed = pack(torch.randn(2, 20, 40), FORMATS["nf4-g64"])
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        assert torch.equal(Unpacked(cpu.Matrix(packed), dtype)[1], unpack(packed)[1])
+    assert Unpacked(cpu.Matrix(packed), torch.float64)[1].dtype == torch.float64
 
 
 def test_without_kernels_it_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -83,7 +83,7 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture
 def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Call:
     """Runs `moiety WORDS` in this process, without changing its allocator."""
-    monkeypatch.setattr("moiety.train.host.keep_freed_memory", lambda: True)
+    monkeypatch.setattr("moiety.train.host.keep_freed_memory", lambda largest=0: True)
     monkeypatch.setenv("COLUMNS", "100")
 
     def run(*words: object, columns: int = 100) -> Said:
@@ -157,7 +157,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> Path:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("moiety.train.host.keep_freed_memory", lambda: True)
+        patch.setattr("moiety.train.host.keep_freed_memory", lambda largest=0: True)
         assert main(["train", *texts, "--out", str(folder), *small()]) == 0
     torch.set_num_threads(before)
     return folder

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 
@@ -52,3 +53,18 @@ def test_a_fresh_process(monkeypatch: pytest.MonkeyPatch) -> None:
     assert kept == str(is_glibc)
     monkeypatch.setattr(host.sys, "platform", "darwin")
     assert host.keep_freed_memory() is False
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator")
+@pytest.mark.parametrize(("largest", "kept_mb"), [(0, (100, 130)), (8_000_000, (0, 20))])
+def test_what_is_larger_than_is_said_goes_back(largest: int, kept_mb: tuple[int, int]) -> None:
+    code = (
+        "from moiety.train.host import keep_freed_memory\n"
+        "def now(): return int([x for x in open('/proc/self/status') if x.startswith('VmRSS')][0].split()[1]) / 1e3\n"
+        f"assert keep_freed_memory({largest})\n"
+        "before = now(); large = b'x' * 100_000_000; after = b'y' * 100_000; during = now(); del large\n"
+        "print(during - before, now() - before)"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    during, left = map(float, found.stdout.split())
+    assert 90 < during < 130 and kept_mb[0] - 10 <= left <= kept_mb[1]
