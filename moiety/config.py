@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from moiety.errors import ConfigError
-from moiety.fields import check_types, from_dict, option, require, to_dict
+from moiety.fields import check_types, from_dict, not_negative, option, positive, require, to_dict
 
 __all__ = [
     "Architecture",
@@ -49,14 +49,8 @@ class MLAConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        require(self.norm_eps > 0, f"MLAConfig.norm_eps is {self.norm_eps}; it must be positive")
-        for name in ("kv_rank", "nope_dim", "rope_dim", "value_dim"):
-            require(
-                getattr(self, name) > 0, f"MLAConfig.{name} is {getattr(self, name)}; it must be positive"
-            )
-        require(
-            self.q_rank >= 0, f"MLAConfig.q_rank is {self.q_rank}; it must be 0 (no bottleneck) or positive"
-        )
+        positive(self, "norm_eps", "kv_rank", "nope_dim", "rope_dim", "value_dim")
+        not_negative(self, "q_rank")
         require(
             self.rope_dim % 2 == 0, f"MLAConfig.rope_dim is {self.rope_dim}; rotary pairs need an even number"
         )
@@ -99,7 +93,7 @@ class RopeConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        require(self.factor > 0, f"RopeConfig.factor is {self.factor}; it must be positive")
+        positive(self, "factor")
         needs_original = self.kind in ("yarn", "llama3", "longrope")
         require(
             self.original_positions >= (1 if needs_original else 0),
@@ -158,8 +152,7 @@ class AttentionConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        for name in ("heads", "kv_heads", "head_dim"):
-            require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be positive")
+        positive(self, "heads", "kv_heads", "head_dim")
         require(
             self.heads % self.kv_heads == 0,
             f"heads is {self.heads}, which is not a multiple of kv_heads {self.kv_heads}",
@@ -171,17 +164,10 @@ class AttentionConfig:
             "rotary position turns pairs: make it even",
         )
         require(0 <= self.rope_fraction <= 1, f"rope_fraction is {self.rope_fraction}; allowed is 0 to 1")
-        for name in ("clip_qkv", "logit_cap", "query_scale"):
-            require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must not be negative")
-        require(self.scale is None or self.scale > 0, f"scale is {self.scale}; it must be positive or none")
-        require(
-            self.query_scale_floor > 0, f"query_scale_floor is {self.query_scale_floor}; it must be positive"
-        )
+        not_negative(self, "clip_qkv", "logit_cap", "query_scale")
+        positive(self, "scale", "query_scale_floor")
         require(not self.chunked or self.window is not None, "chunked needs a window, in tokens")
-        require(self.rope_theta > 0, f"rope_theta is {self.rope_theta}; it must be positive")
-        require(
-            self.window is None or self.window > 0, f"window is {self.window}; it must be positive or none"
-        )
+        positive(self, "rope_theta", "window")
         require(
             self.window is not None or self.window_layers is None,
             f"window_layers is {self.window_layers}, but there is no window",
@@ -273,8 +259,7 @@ class MoEConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        for name in ("experts", "experts_per_token", "d_ff", "groups", "groups_kept"):
-            require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be positive")
+        positive(self, "experts", "experts_per_token", "d_ff", "groups", "groups_kept")
         require(
             self.experts_per_token <= self.experts,
             f"experts_per_token is {self.experts_per_token}, more than the {self.experts} experts there are",
@@ -285,16 +270,8 @@ class MoEConfig:
             f"router 'switch' chooses one expert, but experts_per_token is {self.experts_per_token}",
             "use router 'softmax' for more than one",
         )
-        for name in (
-            "balance_loss",
-            "z_loss",
-            "bias_rate",
-            "shared_d_ff",
-            "null_experts",
-            "capacity_factor",
-            "eval_capacity_factor",
-        ):
-            require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must not be negative")
+        not_negative(self, "balance_loss", "z_loss", "bias_rate", "shared_d_ff", "null_experts")
+        not_negative(self, "capacity_factor", "eval_capacity_factor")
         for name in ("shared_gate", "shared_bias"):
             require(
                 not getattr(self, name) or self.shared_d_ff > 0,
@@ -305,8 +282,7 @@ class MoEConfig:
             "router 'switch' weighs by the plain probability: it has no selection_bias and no scale",
             "use router 'softmax' with experts_per_token 1",
         )
-        for name in ("scale", "temperature"):
-            require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be positive")
+        positive(self, "scale", "temperature")
         require(
             self.overflow == "position" or self.capacity_factor > 0 or self.eval_capacity_factor > 0,
             f"overflow is {self.overflow!r}, but no capacity_factor is set: nothing can overflow",
@@ -446,10 +422,8 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        for name in ("vocab_size", "d_model", "layers", "d_ff", "max_positions"):
-            require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be positive")
-        require(self.norm_eps > 0, f"norm_eps is {self.norm_eps}; it must be positive")
-        require(self.logits_cap >= 0, f"logits_cap is {self.logits_cap}; it must not be negative")
+        positive(self, "vocab_size", "d_model", "layers", "d_ff", "max_positions", "norm_eps")
+        not_negative(self, "logits_cap")
         for name, named in (
             ("dense_layers", self.dense_layers),
             ("rope_layers", self.attention.rope_layers or ()),
@@ -510,14 +484,9 @@ class EncoderDecoderConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        for name in ("vocab_size", "d_model", "layers", "heads", "head_dim"):
-            require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be positive")
-        for name in ("decoder_layers", "expert_capacity"):
-            value = getattr(self, name)
-            require(value is None or value > 0, f"{name} is {value}; it must be positive or none")
-        for name in ("moe_every", "decoder_moe_every"):
-            value = getattr(self, name)
-            require(value is None or value >= 0, f"{name} is {value}; it must be 0 (none) or positive")
+        positive(self, "vocab_size", "d_model", "layers", "heads", "head_dim")
+        positive(self, "norm_eps", "decoder_layers", "expert_capacity")
+        not_negative(self, "moe_every", "decoder_moe_every")
         require(
             self.position_buckets >= 4,
             f"position_buckets is {self.position_buckets}; it must be at least 4",
@@ -528,7 +497,6 @@ class EncoderDecoderConfig:
             f"position_distance is {self.position_distance}; it must be above half of the "
             f"{self.position_buckets} position_buckets",
         )
-        require(self.norm_eps > 0, f"norm_eps is {self.norm_eps}; it must be positive")
         require(
             not self.moe.per_layer and not self.moe.merged,
             "an encoder-decoder has the same experts in every layer: no per_layer and no merged",

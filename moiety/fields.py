@@ -15,7 +15,16 @@ from typing import Any, Literal, TypeVar
 
 from moiety.errors import ConfigError
 
-__all__ = ["check_types", "from_dict", "option", "require", "size_bytes", "to_dict"]
+__all__ = [
+    "check_types",
+    "from_dict",
+    "not_negative",
+    "option",
+    "positive",
+    "require",
+    "size_bytes",
+    "to_dict",
+]
 
 ConfigType = TypeVar("ConfigType")
 
@@ -34,6 +43,20 @@ def require(condition: bool, message: str, hint: str | None = None) -> None:
     """Raise ConfigError with `message` and `hint` unless `condition` holds."""
     if not condition:
         raise ConfigError(message, hint=hint)
+
+
+def positive(config: Any, *names: str) -> None:
+    """Raise ConfigError for a field of `names` that is 0 or below; one that is None stands for something else."""
+    for name in names:
+        value = getattr(config, name)
+        require(value is None or value > 0, f"{name} is {value}; it must be positive")
+
+
+def not_negative(config: Any, *names: str) -> None:
+    """Raise ConfigError for a field of `names` that is below 0; one that is None stands for something else."""
+    for name in names:
+        value = getattr(config, name)
+        require(value is None or value >= 0, f"{name} is {value}; it must not be negative")
 
 
 def size_bytes(text: str, name: str) -> int:

@@ -25,6 +25,7 @@ PACKAGE = ROOT / "moiety"
 # Level of each module or package; the longest matching name counts. Imports point down.
 LEVELS = {
     "moiety.errors": 0,
+    "moiety.packages": 0,
     "moiety.fields": 0,
     "moiety.config": 0,
     "moiety.cost": 0,
@@ -57,6 +58,7 @@ LEVELS = {
 # Modules that must work where torch does not exist.
 GROUND_FLOOR = (
     "moiety.errors",
+    "moiety.packages",
     "moiety.fields",
     "moiety.config",
     "moiety.cost",

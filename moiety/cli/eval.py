@@ -8,8 +8,9 @@ from cyclopts import Parameter
 
 from moiety.cli.output import command, print_json, print_table, talk
 from moiety.cli.own import import_own_routers
-from moiety.errors import DependencyError, UsageError
+from moiety.errors import UsageError
 from moiety.infer.options import EngineOptions, RecordOptions, StreamOptions, TaskOptions
+from moiety.packages import need
 from moiety.train.options import HeldOutOptions
 
 __all__ = ["app"]
@@ -94,12 +95,8 @@ def _tasks(
     *,
     json: bool,
 ) -> int:
-    try:
-        from moiety.infer.harness import figures_of, run_tasks
-    except ModuleNotFoundError as error:
-        raise DependencyError(
-            f"tasks need {error.name}, which is not installed", hint="pip install 'moiety[eval]'"
-        ) from error
+    need("moiety.infer.harness", "--tasks", "moiety[eval]")
+    from moiety.infer.harness import figures_of, run_tasks
     from moiety.infer.offload import store_of
     from moiety.infer.open import open_model
 

@@ -9,8 +9,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from moiety.cli.output import print_json, print_table, talk
-from moiety.errors import DependencyError, UsageError
+from moiety.errors import UsageError
 from moiety.fields import size_bytes
+from moiety.observe.page import plotly
 from moiety.plan.hardware import KINDS, Band, device_named
 from moiety.plan.options import PlanOptions
 from moiety.plan.plan import here
@@ -142,13 +143,7 @@ def write_page(path: Path, title: str, found: Replay) -> None:
     Raises:
         DependencyError: plotly is not installed.
     """
-    try:
-        from plotly import graph_objects
-        from plotly.subplots import make_subplots
-    except ImportError:
-        raise DependencyError(
-            "the page is drawn with plotly, which is not installed", hint="pip install 'moiety[report]'"
-        ) from None
+    graph_objects, make_subplots = plotly()
     timed = found.points[0].tokens_per_s is not None
     figure = make_subplots(
         rows=1 + timed,

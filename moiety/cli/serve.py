@@ -11,8 +11,8 @@ from moiety.cli import judged, judged_server
 from moiety.cli.output import command, talk
 from moiety.cli.own import import_own_routers
 from moiety.cli.torch_settings import ONEDNN_CACHE, TORCH_CACHE, keep_few_shapes
-from moiety.errors import DependencyError
 from moiety.infer.options import EngineOptions, StreamOptions
+from moiety.packages import need
 from moiety.serve.options import KEY, ServeOptions
 
 if TYPE_CHECKING:
@@ -141,10 +141,5 @@ def _load_server(plan: bool) -> int:
         DependencyError: some of it is not installed.
     """
     before_bytes = judged_server.weigh() if plan else 0
-    try:
-        import moiety.serve.server  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise DependencyError(
-            f"serving needs {error.name}, which is not installed", hint="pip install 'moiety[serve]'"
-        ) from error
+    need("moiety.serve.server", "serving", "moiety[serve]")
     return judged_server.weigh() - before_bytes if plan else 0

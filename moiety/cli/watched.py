@@ -7,8 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from moiety.cli.output import talk
-from moiety.errors import DependencyError, UsageError
+from moiety.errors import UsageError
 from moiety.observe.inspection import Inspection
+from moiety.packages import need
 
 __all__ = ["watch"]
 
@@ -34,13 +35,9 @@ def watch(folder: Path, inspect: Callable[[], Inspection], *, port: int, opens: 
         raise UsageError(
             f"{folder} is not a run: it has no {PLAN}", hint="give the --out folder of `moiety train`"
         )
-    try:
-        from moiety.serve.dashboard import show
-    except ModuleNotFoundError as error:
-        raise DependencyError(
-            f"--watch needs {error.name}, which is not installed", hint="pip install 'moiety[report,serve]'"
-        ) from error
+    need("moiety.serve.dashboard", "--watch", "moiety[report,serve]")
     from moiety.observe.watch import Followed
+    from moiety.serve.dashboard import show
 
     say = talk().print
     plain = None

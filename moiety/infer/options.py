@@ -6,9 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
-from moiety.config import check_types, option, require
 from moiety.errors import ConfigError
-from moiety.fields import size_bytes
+from moiety.fields import check_types, not_negative, option, positive, require, size_bytes
 from moiety.residency import POLICIES
 
 __all__ = [
@@ -47,8 +46,7 @@ class SamplingOptions:
     def __post_init__(self) -> None:
         check_types(self)
         require(0 <= self.seed < 2**63, f"seed is {self.seed}; allowed is 0 to 2**63 - 1")
-        require(self.temperature >= 0, f"temperature is {self.temperature}; it must not be negative")
-        require(self.top_k >= 0, f"top_k is {self.top_k}; it must not be negative")
+        not_negative(self, "temperature", "top_k")
         require(0 < self.top_p <= 1, f"top_p is {self.top_p}; allowed is above 0 to 1")
         require(0 <= self.min_p <= 1, f"min_p is {self.min_p}; allowed is 0 to 1")
         penalty = self.repetition_penalty
@@ -85,8 +83,8 @@ class RequestOptions:
 
     def __post_init__(self) -> None:
         check_types(self)
-        require(self.max_tokens >= 1, f"max_tokens is {self.max_tokens}; it must be positive")
-        require(self.min_tokens >= 0, f"min_tokens is {self.min_tokens}; it must not be negative")
+        positive(self, "max_tokens")
+        not_negative(self, "min_tokens")
         require(self.scored_from >= 1, f"scored_from is {self.scored_from}; nothing foresees the first token")
         require(
             self.min_tokens <= self.max_tokens,
@@ -139,10 +137,8 @@ class EngineOptions:
 
     def __post_init__(self) -> None:
         check_types(self)
-        for name in ("kv_bytes", "max_positions", "draft"):
-            require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must not be negative")
-        for name in ("page_tokens", "step_tokens", "max_requests", "max_queue"):
-            require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be positive")
+        not_negative(self, "kv_bytes", "max_positions", "draft")
+        positive(self, "page_tokens", "step_tokens", "max_requests", "max_queue")
         require(
             self.kv_dtype in KV_DTYPES,
             f"kv_dtype is {self.kv_dtype!r}; allowed are {', '.join(KV_DTYPES)}",
@@ -203,8 +199,7 @@ class RecordOptions:
 
     def __post_init__(self) -> None:
         check_types(self)
-        for name in ("record_sample", "record_bytes"):
-            require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be positive")
+        positive(self, "record_sample", "record_bytes")
         require(
             bool(self.record) or all(getattr(self, one.name) == one.default for one in fields(self)),
             "there are options of a record, and no file for it",
@@ -226,7 +221,7 @@ class TaskOptions:
 
     def __post_init__(self) -> None:
         check_types(self)
-        require(self.limit >= 0, f"limit is {self.limit}; it must not be negative")
+        not_negative(self, "limit")
         require(self.fewshot >= -1, f"fewshot is {self.fewshot}; allowed is -1 and more")
 
 
@@ -293,9 +288,8 @@ class BenchOptions:
 
     def __post_init__(self) -> None:
         check_types(self)
-        require(self.requests >= 0, f"requests is {self.requests}; it must not be negative")
-        require(self.most >= 0, f"most is {self.most}; it must not be negative")
-        require(self.prompt >= 1, f"prompt is {self.prompt}; it must be positive")
+        not_negative(self, "requests", "most")
+        positive(self, "prompt")
         require(self.tokens >= 2, f"tokens is {self.tokens}; from one token to the next there are at least 2")
         EngineOptions(kv_dtype=self.kv_dtype)
         _numbers("batches", self.batches)

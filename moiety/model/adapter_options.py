@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from moiety.config import check_types, option, require
+from moiety.fields import check_types, not_negative, option, positive, require
 
 __all__ = ["LoraOptions"]
 
@@ -29,9 +29,8 @@ class LoraOptions:
 
     def __post_init__(self) -> None:
         check_types(self)
-        require(self.rank >= 1, f"rank is {self.rank}; it must be positive")
-        require(self.expert_rank >= 0, f"expert_rank is {self.expert_rank}; it must not be negative")
-        require(self.alpha > 0, f"alpha is {self.alpha}; it must be positive")
+        positive(self, "rank", "alpha")
+        not_negative(self, "expert_rank")
         require(
             len(self.targets) > 0, "there is no target", "attention, experts, shared, dense, head, or all"
         )

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Protocol
 
 from moiety import storage
-from moiety.errors import DependencyError, FormatError, StorageError, UsageError
+from moiety.errors import FormatError, StorageError, UsageError
+from moiety.packages import need
 
 __all__ = ["Download", "is_hub_name", "resolve"]
 
@@ -109,13 +110,8 @@ def _local(source: str | Path, revision: str | None) -> Path:
 
 
 def _snapshot_download() -> Download:
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError as error:
-        raise DependencyError(
-            "models of the hub need the package huggingface_hub", hint="pip install huggingface_hub"
-        ) from error
-    return snapshot_download
+    found: Download = need("huggingface_hub", "a model of the hub", "huggingface_hub").snapshot_download
+    return found
 
 
 def _fetch(

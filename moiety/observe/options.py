@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moiety.fields import check_types, option, require
+from moiety.fields import check_types, not_negative, option
 
 __all__ = ["AblateOptions", "InspectOptions"]
 
@@ -25,8 +25,7 @@ class InspectOptions:
 
     def __post_init__(self) -> None:
         check_types(self)
-        for name in ("experts", "layers", "top_k"):
-            require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must not be negative")
+        not_negative(self, "experts", "layers", "top_k")
 
 
 @dataclass(frozen=True, kw_only=True)

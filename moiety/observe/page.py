@@ -16,13 +16,14 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from moiety.errors import DependencyError
+from moiety.packages import need
 
 __all__ = [
     "data_json",
     "details",
     "escape",
     "fill",
+    "plotly",
     "plotly_javascript",
     "scrolled",
     "table",
@@ -85,19 +86,25 @@ def _policy(code: Iterable[tuple[str, str]], connects: bool) -> str:
     )
 
 
+def plotly() -> tuple[Any, Any]:
+    """`plotly.graph_objects`, and what makes several charts of one page.
+
+    Raises:
+        DependencyError: it is not installed.
+    """
+    objects, subplots = (
+        need(f"plotly.{name}", "the page", "moiety[report]") for name in ("graph_objects", "subplots")
+    )
+    return objects, subplots.make_subplots
+
+
 def plotly_javascript() -> str:
     """plotly's code, from the installed package.
 
     Raises:
         DependencyError: it is not installed.
     """
-    try:
-        from plotly.offline import get_plotlyjs
-    except ImportError as error:
-        raise DependencyError(
-            "the page draws with plotly, which is not installed", hint="pip install 'moiety[report]'"
-        ) from error
-    return str(get_plotlyjs())
+    return str(need("plotly.offline", "the page", "moiety[report]").get_plotlyjs())
 
 
 # Values into HTML

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moiety.errors import DependencyError, UsageError
+from moiety.errors import UsageError
+from moiety.observe.page import plotly
 from moiety.storage import write_atomically
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def write_plan_page(path: Path, found: Mapping[str, Any]) -> None:
     """
     if "layouts" not in found:
         raise UsageError(f"there is nothing to plot: {found['advice']}")
-    graph_objects, make_subplots = _plotly()
+    graph_objects, make_subplots = plotly()
     figure = make_subplots(
         rows=2, cols=1, subplot_titles=("memory, GiB", "tokens per second of all sequences")
     )
@@ -70,7 +71,7 @@ def write_placement_page(path: Path, name: str, found: Comparison) -> None:
     Raises:
         DependencyError: plotly is not installed.
     """
-    graph_objects, make_subplots = _plotly()
+    graph_objects, make_subplots = plotly()
     titles = ("busiest rank over the mean, by layer", "KiB on links for a token, out and back")
     figure = make_subplots(rows=2, cols=1, subplot_titles=titles)
     for way in found.ways:
@@ -94,15 +95,3 @@ def write_placement_page(path: Path, name: str, found: Comparison) -> None:
         title=title, barmode="stack", height=1100, margin={"t": 220}, template="plotly_white"
     )
     write_atomically(path, figure.to_html(include_plotlyjs=True).encode())
-
-
-def _plotly() -> tuple[Any, Any]:
-    """Its objects, and what makes several charts."""
-    try:
-        from plotly import graph_objects
-        from plotly.subplots import make_subplots
-    except ImportError:
-        raise DependencyError(
-            "the page is drawn with plotly, which is not installed", hint="pip install 'moiety[report]'"
-        ) from None
-    return graph_objects, make_subplots

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from moiety.errors import DependencyError
+from moiety.observe.page import plotly
 from moiety.storage import write_atomically
 from moiety.train.compare import Contender
 
@@ -27,13 +27,7 @@ def write_learning_curves(path: Path, title: str, finished: Sequence[Sequence[Co
     Raises:
         DependencyError: plotly is not installed.
     """
-    try:
-        from plotly import graph_objects
-        from plotly.subplots import make_subplots
-    except ImportError:
-        raise DependencyError(
-            "the page is drawn with plotly, which is not installed", hint="pip install 'moiety[report]'"
-        ) from None
+    graph_objects, make_subplots = plotly()
     figure = make_subplots(
         rows=2, cols=1, subplot_titles=("held-out bits per byte", "MaxVio, mean of layers")
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moiety.config import check_types, option, require
+from moiety.fields import check_types, not_negative, option, positive, require
 
 __all__ = ["MeshOptions"]
 
@@ -29,10 +29,8 @@ class MeshOptions:
 
     def __post_init__(self) -> None:
         check_types(self)
-        for name in ("expert_parallel", "expert_nodes", "shard_parallel", "tensor_parallel"):
-            require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
-        require(self.data_parallel >= 0, f"data_parallel is {self.data_parallel}; it must not be negative")
-        require(self.rank_timeout > 0, f"rank_timeout is {self.rank_timeout}; it must be positive")
+        positive(self, "expert_parallel", "expert_nodes", "shard_parallel", "tensor_parallel", "rank_timeout")
+        not_negative(self, "data_parallel")
         require(
             self.expert_parallel % self.expert_nodes == 0,
             f"expert_parallel is {self.expert_parallel}, which {self.expert_nodes} expert_nodes do not divide",

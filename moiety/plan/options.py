@@ -6,9 +6,8 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from moiety.config import check_types, option, require
 from moiety.errors import ConfigError
-from moiety.fields import size_bytes
+from moiety.fields import check_types, not_negative, option, positive, require, size_bytes
 from moiety.plan.estimate import KV_BYTES
 
 __all__ = ["PlanOptions", "count_named"]
@@ -72,10 +71,8 @@ class PlanOptions:
 
     def __post_init__(self) -> None:
         check_types(self)
-        for name in ("devices", "batch", "context", "prompt", "ranks", "nodes", "train_context"):
-            require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("price", "tokens_per_s", "capacity_factor", "redundant", "node_limit"):
-            require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must not be negative")
+        positive(self, "devices", "batch", "context", "prompt", "ranks", "nodes", "train_context")
+        not_negative(self, "price", "tokens_per_s", "capacity_factor", "redundant", "node_limit")
         require(
             self.hit_rate is None or 0 <= self.hit_rate <= 1,
             f"hit_rate is {self.hit_rate}; allowed is 0 to 1",

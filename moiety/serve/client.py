@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from http.client import HTTPException, HTTPResponse
 from typing import Any, final
 
-from moiety.config import check_types, option, require
 from moiety.errors import ServerError, UsageError
+from moiety.fields import check_types, option, positive, require
 from moiety.infer.options import SamplingOptions
 from moiety.serve.options import KEY, is_loopback
 
@@ -40,7 +40,7 @@ class RemoteOptions:
 
     def __post_init__(self) -> None:
         check_types(self)
-        require(self.timeout_s > 0, f"timeout_s is {self.timeout_s}; it must be positive")
+        positive(self, "timeout_s")
         require(bool(self.url) or not (self.model or self.api_key), "model and api_key are for a server: url")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 from dataclasses import dataclass
 
-from moiety.config import check_types, option, require
+from moiety.fields import check_types, not_negative, option, positive, require
 
 __all__ = [
     "KEY",
@@ -60,17 +60,9 @@ class ServeOptions:
         require(0 <= self.port <= 65535, f"port is {self.port}; allowed is 0 to 65535")
         require(1 <= self.replicas <= 64, f"replicas is {self.replicas}; allowed is 1 to 64")
         require(bool(self.host), "host is empty; 127.0.0.1 is this machine alone")
-        require(self.queue_tokens >= 0, f"queue_tokens is {self.queue_tokens}; it must not be negative")
-        for name in (
-            "body_bytes",
-            "header_bytes",
-            "connections",
-            "idle_s",
-            "stall_s",
-            "drain_s",
-            "rank_timeout",
-        ):
-            require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be positive")
+        not_negative(self, "queue_tokens")
+        positive(self, "body_bytes", "header_bytes", "connections", "idle_s", "stall_s", "drain_s")
+        positive(self, "rank_timeout")
 
 
 def is_loopback(host: str) -> bool:

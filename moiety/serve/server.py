@@ -366,11 +366,6 @@ class Server:
         """The port it listens on, once it does."""
         return int(self.inner.servers[0].sockets[0].getsockname()[1])
 
-    @property
-    def is_listening(self) -> bool:
-        """True once it takes connections."""
-        return self.inner.started
-
     def stop(self) -> None:
         """Take nothing more in, let answers go on for `drain_s`, and end; from any thread."""
         self.inner.should_exit = True

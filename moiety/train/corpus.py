@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moiety.errors import DataError, DependencyError, StorageError
+from moiety.errors import DataError, StorageError
+from moiety.packages import need
 
 __all__ = [
     "Corpus",
@@ -214,7 +215,7 @@ def dialogues(folder: Path | None, bytes_per_domain: int) -> Corpus:
     if folder is None:
         missing = "natural-language domains are left out: the package chatterbot-corpus is not installed"
         return Corpus((), (f"{missing} (pip install 'moiety[demo]')",))
-    yaml = _need("yaml", "pip install 'moiety[demo]'")
+    yaml = need("yaml", "the demo's corpus", "moiety[demo]")
     loader = yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader
     documents: list[Document] = []
     small: list[str] = []
@@ -348,7 +349,7 @@ def _json_document(line: str, place: str, default_domain: str) -> Document:
 
 def _hub_documents(identifier: str) -> list[Document]:
     """Every row of the text column of a hub data set's `train` split."""
-    datasets = _need("datasets", "pip install 'moiety[data]'")
+    datasets = need("datasets", "a data set of the hub", "moiety[data]")
     table = datasets.load_dataset(identifier, split="train")
     columns = [
         name
@@ -362,13 +363,6 @@ def _hub_documents(identifier: str) -> list[Document]:
             hint="export the column to a .jsonl file with the key 'text'",
         )
     return [Document(identifier.rpartition("/")[2], text) for text in table[column] if text]
-
-
-def _need(module: str, command: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise DependencyError(f"the package {module!r} is not installed", hint=command) from error
 
 
 def _read_text(path: Path) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from moiety.config import check_types, option, require
+from moiety.fields import check_types, not_negative, option, require
 
 __all__ = ["SurgeryOptions", "UpcycleOptions"]
 
@@ -29,9 +29,7 @@ class SurgeryOptions:
 
     def __post_init__(self) -> None:
         check_types(self)
-        require(
-            self.experts_per_layer >= 0, f"experts_per_layer is {self.experts_per_layer}; it must be positive"
-        )
+        not_negative(self, "experts_per_layer")
         require(0 <= self.drop_share < 1, f"drop_share is {self.drop_share}; allowed is above 0 and below 1")
 
 
@@ -67,7 +65,7 @@ class UpcycleOptions:
         check_types(self)
         require(self.experts > 1, f"experts is {self.experts}; it must be at least 2")
         require(1 <= self.top_k <= self.experts, f"top_k is {self.top_k}; allowed is 1 to {self.experts}")
-        require(self.slices >= 0, f"slices is {self.slices}; it must not be negative")
+        not_negative(self, "slices")
         require(
             self.method == "split" or not self.slices,
             f"slices is {self.slices}, but method {self.method!r} cuts nothing",
@@ -78,8 +76,7 @@ class UpcycleOptions:
             f"slices is {self.slices}, which does not divide the {self.experts} experts",
         )
         require(0 < self.drop <= 1, f"drop is {self.drop}; allowed is above 0 to 1")
-        for name in ("noise", "router_deviation", "seed"):
-            require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must not be negative")
+        not_negative(self, "noise", "router_deviation", "seed")
 
     @property
     def granularity(self) -> int:

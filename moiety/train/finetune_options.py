@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from moiety.config import check_types, option, require
+from moiety.fields import check_types, not_negative, option, positive, require
 from moiety.train.options import ScheduleName, TrainOptions
 
 __all__ = ["FinetuneOptions", "TooLong", "Turns"]
@@ -56,12 +56,11 @@ class FinetuneOptions:
 
     def __post_init__(self) -> None:
         check_types(self)
-        require(self.epochs > 0, f"epochs is {self.epochs}; it must be positive")
-        for name in ("steps", "length"):
-            require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must not be negative")
+        positive(self, "epochs")
+        not_negative(self, "steps", "length")
         for name in ("held_out", "warmup"):
             require(0 <= getattr(self, name) < 1, f"{name} is {getattr(self, name)}; allowed is 0 to below 1")
-        require(self.beta > 0, f"beta is {self.beta}; it must be positive")
+        positive(self, "beta")
         require(bool(self.train), "train names nothing", "--train full, for instance")
         if self.balance != "auto":
             try:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from moiety.config import AttentionConfig, ModelConfig, MoEConfig, check_types, option, require
+from moiety.config import AttentionConfig, ModelConfig, MoEConfig
+from moiety.fields import check_types, option, positive, require
 
 __all__ = ["ModelOptions"]
 
@@ -50,8 +51,7 @@ class ModelOptions:
 
     def __post_init__(self) -> None:
         check_types(self)
-        for name in ("d_model", "heads"):
-            require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be positive")
+        positive(self, "d_model", "heads")
         require(self.experts >= 0, f"experts is {self.experts}; it must be 0 (dense) or positive")
         require(
             self.d_model % self.heads == 0,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from moiety.config import check_types, option, require
+from moiety.fields import check_types, not_negative, option, positive, require
 from moiety.schedule import Schedule
 
 __all__ = ["SCHEDULES", "HeldOutOptions", "ScheduleName", "TrainOptions"]
@@ -25,9 +25,8 @@ class HeldOutOptions:
 
     def __post_init__(self) -> None:
         check_types(self)
-        require(self.length >= 0, f"length is {self.length}; it must not be negative")
-        for name in ("batch", "sequences", "bytes_per_domain"):
-            require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be positive")
+        not_negative(self, "length")
+        positive(self, "batch", "sequences", "bytes_per_domain")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,30 +79,17 @@ class TrainOptions:
 
     def __post_init__(self) -> None:
         check_types(self)
-        for name in ("steps", "batch", "accumulate", "length", "keep", "most_skips"):
-            require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be positive")
+        positive(self, "steps", "batch", "accumulate", "length", "keep", "most_skips")
         require(self.seed < 2**63, f"seed is {self.seed}; allowed is 0 to 2**63 - 1")
-        names = (
-            "warmup",
-            "weight_decay",
-            "clip",
-            "evaluate_every",
-            "evaluate_sequences",
-            "save_every",
-            "seed",
-            "router_warmup",
-            "soft_steps",
-            "balance_groups",
-            "down_rate",
+        not_negative(
+            self, "warmup", "weight_decay", "clip", "evaluate_every", "evaluate_sequences", "save_every"
         )
-        for name in names:
-            require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must not be negative")
+        not_negative(self, "seed", "router_warmup", "soft_steps", "balance_groups", "down_rate")
         for name in ("final_rate", "decay"):
             require(0 <= getattr(self, name) <= 1, f"{name} is {getattr(self, name)}; allowed is 0 to 1")
         for name in ("beta1", "beta2"):
             require(0 <= getattr(self, name) < 1, f"{name} is {getattr(self, name)}; allowed is 0 to below 1")
-        for name in ("learning_rate", "router_rate"):
-            require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be positive")
+        positive(self, "learning_rate", "router_rate")
         for text in self.losses:
             require(
                 "=" in text, f"losses names {text!r}", "write NAME=COEFFICIENT, for instance importance=0.1"

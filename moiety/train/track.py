@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Protocol
 
-from moiety.errors import DependencyError, UsageError
+from moiety.errors import UsageError
+from moiety.packages import need
 from moiety.storage import write_atomically
 from moiety.train.loop import StepRecord
 
@@ -89,7 +88,7 @@ def _step_of(line: bytes) -> float:
 
 class _TensorBoard:
     def __init__(self, folder: Path) -> None:
-        module = _need("torch.utils.tensorboard", "tensorboard")
+        module = need("torch.utils.tensorboard", "tracking", "moiety[track]")
         self.writer: Any = module.SummaryWriter(str(folder / "tensorboard"))
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
@@ -104,7 +103,7 @@ class _WandbLike:
     """wandb, and trackio, which has the same three calls."""
 
     def __init__(self, package: str, folder: Path) -> None:
-        self.module: Any = _need(package, package)
+        self.module: Any = need(package, "tracking", "moiety[track]")
         self.module.init(project="moiety", name=folder.name)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
@@ -115,15 +114,6 @@ class _WandbLike:
 
 
 TRACKERS = ("tensorboard", "wandb", "trackio")
-
-
-def _need(module: str, package: str) -> ModuleType:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise DependencyError(
-            f"tracking to {package} needs the package {package}", hint="pip install 'moiety[track]'"
-        ) from error
 
 
 def check_trackers(names: Sequence[str]) -> None:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from moiety.backends import adapted, cpu, reference
+from moiety.backends import adapted, cpu, grouped, reference
 from moiety.backends.adapted import AdaptedWeights, Lora, merged
 from moiety.backends.matmul import multiply_into, multiply_rows
 from moiety.backends.unpacked import Unpacked
-from moiety.backends.weights import CLAMPED, Matrices
+from moiety.backends.weights import CLAMPED, ExpertWeights, Matrices
 from moiety.formats import FORMATS
 from moiety.formats.tiles import pack, unpack
 from moiety.routing import Routing
@@ -219,3 +221,52 @@ def test_a_planted_bug_is_seen() -> None:
         assert one is not None
         with pytest.raises(AssertionError):
             assert_all_close_enough({name: one * 1.001}, {name: truth[name]}, {name: truth[name]})
+
+
+@pytest.mark.parametrize("kind", ["experts", "packed experts", "a linear", "plain experts"])
+def test_a_recomputed_block_keeps_nothing_that_was_made_for_the_call(kind: str) -> None:
+    """What is cast for a step, factors and matrices, is gone after it; a node of the graph must not hold it."""
+    torch.manual_seed(0)
+    weights, routing = problem(4), routed(9, 4, 2)
+    x_TD = torch.randn(9, D, requires_grad=True)
+    assert weights.up_lora is not None and weights.down_lora is not None
+    factors = (*weights.up_lora[:2], *weights.down_lora[:2])
+    masters = [one.float().requires_grad_() for one in factors]
+    stacks = [torch.randn(one.shape) for one in (weights.up, weights.down)]
+    packed = [cpu.Matrix(pack(one, FORMATS["int8-g32"])) for one in stacks]
+    made: list[weakref.ref[Tensor]] = []
+
+    def cast(one: Tensor) -> Tensor:
+        made.append(weakref.ref(narrow := one.to(torch.bfloat16)))
+        return narrow
+
+    def call(x_TD: Tensor) -> Tensor:
+        x_TD, factors = x_TD.to(torch.bfloat16), [cast(one) for one in masters]
+        loras = Lora(*factors[:2], 0.7, ((0, 2 * F),)), Lora(*factors[2:], 0.7, ((0, D),))
+        if kind == "a linear":
+            one = Lora(loras[0].a[:1], loras[0].b[:1], 0.7, ((0, 2 * F),))
+            return adapted.linear(x_TD, cast(stacks[0])[:1], one)
+        if kind == "packed experts":
+            up, down = (Unpacked(one, torch.bfloat16) for one in packed)
+            return adapted.expert_mlp(
+                x_TD, routing, AdaptedWeights(up=up, down=down, up_lora=loras[0], down_lora=loras[1])
+            )
+        up, down = (cast(one) for one in stacks)
+        if kind == "plain experts":
+            return grouped.expert_mlp(x_TD, routing, ExpertWeights(up=up, down=down))
+        return adapted.expert_mlp(
+            x_TD, routing, AdaptedWeights(up=up, down=down, up_lora=loras[0], down_lora=loras[1])
+        )
+
+    def gradients(y_TD: Tensor) -> list[Tensor]:
+        trained = {"plain experts": 0, "a linear": 2}.get(kind, 4)
+        leaves = [x_TD, *masters[:trained]]
+        found = torch.autograd.grad(y_TD.float().square().sum(), leaves)
+        return list(found)
+
+    expected = gradients(call(x_TD))
+    made.clear()
+    y_TD = checkpoint(call, x_TD, use_reentrant=False)
+    assert made and all(one() is None for one in made)
+    for ours, true in zip(gradients(y_TD), expected, strict=True):
+        assert torch.equal(ours, true)

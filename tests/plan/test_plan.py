@@ -213,7 +213,7 @@ def test_training_across_nodes_is_one_model() -> None:
         ({"redundant": 2}, "add --ranks"),
         ({"ranks": 8, "nodes": 3}, "the nodes must divide the ranks evenly"),
         ({"ranks": 8, "redundant": -8}, "redundant is -8; it must not be negative"),
-        ({"ranks": 8, "nodes": 0}, "nodes is 0; it must be at least 1"),
+        ({"ranks": 8, "nodes": 0}, "nodes is 0; it must be positive"),
         ({"ranks": 8, "placement": "best"}, "placement is 'best'"),
         ({"train_step": "4M"}, "add --train-tokens"),
         ({"train_tokens": "1B", "train_step": "0"}, "train_step is '0'"),

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from moiety.config import MLAConfig
-from moiety.errors import DependencyError, FormatError, UsageError
+from moiety.errors import FormatError, UsageError
 from moiety.formats.numbers import Codes
 from moiety.model.gguf.header import TYPES, StoredTensor, TensorType
 from moiety.model.gguf.names import Link
+from moiety.packages import need
 
 __all__ = ["BLOCKS", "codes_of", "decode_into", "encode_to", "type_named", "view"]
 
@@ -146,13 +147,7 @@ def _decoded(stored: StoredTensor, start: int, stop: int) -> Tensor:
 
 
 def _quants() -> Any:
-    try:
-        import gguf
-    except ImportError as error:
-        raise DependencyError(
-            "quantised GGUF tensors need the package gguf", hint="pip install 'moiety[gguf]'"
-        ) from error
-    return gguf.quants
+    return need("gguf", "a quantised GGUF tensor", "moiety[gguf]").quants
 
 
 def _gguf_type(name: str) -> Any:
