@@ -56,7 +56,7 @@ def ours(path: str, memory_bytes: int) -> Run:
     from moiety.infer.streaming import load_streamed
     from moiety.model import checkpoint
 
-    options = EngineOptions(max_positions=512, max_requests=1, step_tokens=256, prefix_cache=False)
+    options = EngineOptions(max_positions=512, max_requests=1, step_tokens=128, prefix_cache=False)
     if memory_bytes:
         stream = StreamOptions(memory=str(memory_bytes))
         model = load_streamed(

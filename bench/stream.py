@@ -361,7 +361,7 @@ def against(case: Case, quick: bool, folder: Path) -> list[Row]:
         slow_disk("theirs", folder, case.disk_rate) as their_disk,
     ):
         children = {
-            "ours": Child("ours", packed, round(0.97 * limit), mine, my_disk),
+            "ours": Child("ours", packed, limit, mine, my_disk),
             "llama.cpp": Child("llama.cpp", gguf, limit, their, their_disk),
         }
         if case.resident_bar is not None:
