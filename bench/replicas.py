@@ -93,9 +93,7 @@ def _range(rates: list[float]) -> str:
 def main() -> int:
     """Print a table, then one JSON line."""
     given = arguments(__doc__.splitlines()[0])
-    options = BenchOptions(
-        batches="1,4" if given.quick else "1,8,32", prompt=32, tokens=8 if given.quick else 32
-    )
+    options = BenchOptions(batches="1,4" if given.quick else "1,8", prompt=8, tokens=8 if given.quick else 32)
     found: dict[str, list[list[Load]]] = {name: [] for name in SERVERS}
     with tempfile.TemporaryDirectory() as place, contextlib.ExitStack() as servers:
         folder = Path(place) / "model"
