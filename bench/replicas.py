@@ -40,8 +40,7 @@ START_S = 300.0
 def write_model(folder: Path) -> None:
     """A plain checkpoint with a tokenizer."""
     config = replace(shape_named(SHAPE, LAYERS), vocab_size=VOCABULARY)
-    with torch.device("cpu"):
-        checkpoint.save(Transformer(config), folder, tokenizer=letters_tokenizer(VOCABULARY))
+    checkpoint.save(Transformer(config), folder, tokenizer=letters_tokenizer(VOCABULARY))
 
 
 @contextlib.contextmanager

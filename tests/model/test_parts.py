@@ -38,9 +38,8 @@ def test_the_bits_are_those_of_the_whole_model(tmp_path: Path, name: str) -> Non
         )
         assert parts.dtypes == {name: one.dtype for name, one in whole.state_dict().items()}
     for (tokens_BS, valid_BS), one in zip(batches, found, strict=True):
-        with (
-            torch.no_grad()
-        ):  # as the parts run: with a gradient attention in 16 bits may be another function
+        # As the parts run: with a gradient attention in 16 bits may be another function.
+        with torch.no_grad():
             true = whole(tokens_BS, valid_BS=valid_BS)
         assert torch.equal(one.hidden, true.hidden) and torch.equal(one.logits, true.logits)
     assert seen == {
