@@ -7,7 +7,9 @@ The layers of a model are visited one after the other, so recency alone fails at
 goes through, the least recently used expert is always the one wanted next, and nothing is ever found (`cliff`).
 A policy is therefore *guarded*: where a call's experts, times the layers, are more than there are slots, an expert
 that was missed is kept only if it was used more than what is there, before this call. That is how a prompt, which uses
-nearly every expert once, leaves alone what decoding keeps.
+nearly every expert once, leaves alone what decoding keeps. All others pass through a few slots, which go from layer to
+layer, and home when the next token comes: there is one to read into while all that a layer keeps is in use, and before
+the layer's turn (`Residency.ahead`).
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ __all__ = ["POLICIES", "Key", "Load", "Policy", "Residency", "Settled", "Use", "
 Key = tuple[int, int]
 NEVER = -math.inf
 HALF_LIFE = 32.0  # tokens
+AHEAD_BYTES = 16 << 20  # on their way at a time where a call goes through more experts than it may keep
 
 
 class Load(NamedTuple):
@@ -106,12 +109,14 @@ class Residency:
         rest: Slots of "fixed" that are not for ever.
         spare: Slots kept for guesses (`guess`).
         keep: Of "fixed": the experts that may stay; None lets those that come first.
+        slot_bytes: Of a slot, if known; the smaller, the more have to be on their way at a time.
 
     Attributes:
         hits: Experts that were there when they were wanted; guesses count as such.
         misses: Experts that were not.
         guesses: Experts that were loaded on a guess.
         right: Of these, the ones that were wanted next.
+        passing: Slots for what sweeps do not keep: those on their way and one that is in use.
         sweeps: The call goes through so many experts that what it misses is kept by former use alone.
 
     Raises:
@@ -127,6 +132,7 @@ class Residency:
         rest: int = 1,
         spare: int = 0,
         keep: frozenset[Key] | None = None,
+        slot_bytes: float = math.inf,
     ) -> None:
         require(policy in POLICIES, f"there is no policy {policy!r}", f"there are {', '.join(POLICIES)}")
         self.policy, self.layers = POLICIES[policy], layers
@@ -137,7 +143,7 @@ class Residency:
             f"{slots} slots are too few for {policy!r} with {layers} layers, {rest} for the rest and {spare} spare",
             f"it needs at least {least}",
         )
-        self.slots = slots
+        self.slots, self.passing = slots, 1 + min(max(2, math.ceil(AHEAD_BYTES / slot_bytes)), slots // 5)
         self._keep, self._staying = keep, slots - spare - rest if self.policy.stays else 0
         self._pools = [_Pool(range(spare + share, slots, shares)) for share in range(shares)]
         self._slot: dict[Key, int] = {}
@@ -146,6 +152,8 @@ class Residency:
         self._pinned: set[Key] = set()
         self._spare = list(range(spare))
         self._guessed: dict[Key, int] = {}
+        self._lent: dict[Key, _Pool] = {}  # what passes, and whose slot it has
+        self._ahead: set[Key] = set()
         self._now, self.sweeps = 0, False
         self.hits = self.misses = self.guesses = self.right = 0
 
@@ -191,18 +199,21 @@ class Residency:
             slot = self._slot.get(key)
             before = self._score.get(key, NEVER)
             self._score[key] = score = self.policy.score(before, now)
+            # a call that sweeps through everything says nothing new about an expert that is loaded for it
+            self._rank[key] = before if self.sweeps and (slot is None or key in self._ahead) else score
             if slot is None:
                 missing.append(expert)
-                # a call that sweeps through everything says nothing new about an expert
-                self._rank[key] = before if self.sweeps else score
                 continue
             hits[expert] = slot
             self._pinned.add(key)
             if key in self._guessed:
                 self._adopt(key, pool)
-            self._rank[key] = score
-        self.hits += len(hits)
-        self.misses += len(missing)
+        early = self._ahead.intersection((layer, expert) for expert in hits)
+        self._ahead -= early
+        for key in () if self.sweeps else self._lent.keys() - self._pinned:
+            self._lent.pop(key).free.append(self._leave(key))
+        self.hits += len(hits) - len(early)
+        self.misses += len(missing) + len(early)
         return hits, missing
 
     def take(self, key: Key) -> Load | None:
@@ -213,12 +224,30 @@ class Residency:
             slot = pool.free.pop()
         else:
             gone = self._victim(pool)
+            if self.sweeps and not (gone and self._rank[gone] < self._rank[key]):
+                if gone:
+                    heapq.heappush(pool.heap, (self._rank[gone], gone))
+                return self._pass(key, pool)
             if gone is None:
                 return None
-            slot = self._slot.pop(gone)
+            slot = self._leave(gone)
         self._settle(key, slot, pool)
         self._pinned.add(key)
         return Load(key, slot, gone)
+
+    def ahead(self, key: Key) -> Load | None:
+        """A slot for an expert that the next layer's call of a sweep will miss, as if this layer missed one more.
+
+        None where too few pass, or this is no sweep. It counts as missed when it is wanted.
+        """
+        if not self.sweeps:
+            return None
+        pool = self._pool(key[0])
+        self._rank[key] = self._score.get(key, NEVER)
+        load = self.take(key) if pool.free else self._pass(key, self._pool(key[0] - 1))
+        if load:
+            self._ahead.add(key)
+        return load
 
     def release(self, keys: Iterable[Key]) -> None:
         """These were multiplied with, or were not loaded after all."""
@@ -226,13 +255,13 @@ class Residency:
 
     def drop(self, key: Key) -> None:
         """What is in the slot of an expert is not that expert: its loading failed."""
-        slot = self._slot.pop(key)
+        slot = self._leave(key)
         self._pinned.discard(key)
         if key in self._guessed:
             del self._guessed[key]
             self._spare.append(slot)
             return
-        pool = self._pool(key[0])
+        pool = self._lent.pop(key, None) or self._pool(key[0])
         pool.free.append(slot)
         pool.heap = [entry for entry in pool.heap if entry[1] != key]
         heapq.heapify(pool.heap)
@@ -260,7 +289,9 @@ class Residency:
         """Assert that every slot has one owner; for tests."""
         owned = [*self._slot.values(), *self._spare, *(slot for pool in self._pools for slot in pool.free)]
         assert sorted(owned) == list(range(self.slots)), (sorted(owned), self.slots)
-        assert self._pinned <= self._slot.keys() and self._guessed.keys() <= self._slot.keys()
+        assert self._pinned | self._guessed.keys() | self._lent.keys() | self._ahead <= self._slot.keys()
+        may_go = {key for pool in self._pools for _, key in pool.heap}
+        assert may_go <= self._slot.keys() - self._lent and len(self._lent) <= self.passing
 
     def _pool(self, layer: int) -> _Pool:
         return self._pools[layer if self.policy.divided else 0]
@@ -273,6 +304,24 @@ class Residency:
         else:
             heapq.heappush(pool.heap, (self._rank[key], key))
 
+    def _leave(self, key: Key) -> int:
+        """The slot of an expert that is sent away."""
+        self._ahead.discard(key)
+        return self._slot.pop(key)
+
+    def _pass(self, key: Key, home: _Pool) -> Load | None:
+        """A slot that passes: of an expert that was served or, while there are few, of the least used of a pool."""
+        gone = next((one for one in self._lent if one not in self._pinned), None)
+        if gone:
+            home = self._lent.pop(gone)
+        elif len(self._lent) < self.passing:
+            gone = self._victim(home)
+        if gone is None:
+            return None
+        self._slot[key], self._lent[key] = self._leave(gone), home
+        self._pinned.add(key)
+        return Load(key, self._slot[key], gone)
+
     def _adopt(self, key: Key, pool: _Pool) -> None:
         """A guess was right: it stays where it is, and a slot that a miss would have got is the spare one instead."""
         gone = None if pool.free else self._victim(pool)
@@ -280,7 +329,7 @@ class Residency:
             return  # everything is in use: it remains a guess
         del self._guessed[key]
         self.right += 1
-        self._spare.append(pool.free.pop() if gone is None else self._slot.pop(gone))
+        self._spare.append(pool.free.pop() if gone is None else self._leave(gone))
         self._rank[key] = self._score[key]
         self._settle(key, self._slot[key], pool)
 
@@ -350,7 +399,7 @@ def settle(slots: int, chosen: Sequence[int], policy: str = "auto") -> Settled:
 def belady(calls: Sequence[tuple[int, Sequence[int]]], slots: int) -> tuple[int, int]:
     """Hits and misses of the best that could be done by who knows the future (Belady 1966).
 
-    After each call those stay whose next use is nearest; what the call uses has to be there, unless it does not fit.
+    After each call those stay whose next use is nearest; what the call used need not, it may have passed through.
 
     Args:
         calls: (layer, its different experts), in order.
@@ -373,16 +422,8 @@ def belady(calls: Sequence[tuple[int, Sequence[int]]], slots: int) -> tuple[int,
             uses.pop()
             here[key] = uses[-1] if uses else len(calls)
             heapq.heappush(heap, (-here[key], key))
-        must_stay = frozenset(keys) if len(keys) <= slots else frozenset()
-        aside = []
         while len(here) > slots:
-            entry = heapq.heappop(heap)
-            if here.get(entry[1]) != -entry[0]:
-                continue
-            if entry[1] in must_stay:
-                aside.append(entry)
-            else:
-                del here[entry[1]]
-        for entry in aside:
-            heapq.heappush(heap, entry)
+            when, key = heapq.heappop(heap)
+            if here.get(key) == -when:
+                del here[key]
     return hits, misses

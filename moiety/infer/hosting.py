@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from moiety.errors import BudgetError, DependencyError, UsageError
-from moiety.infer.offload import AHEAD_BYTES, silent
+from moiety.infer.offload import silent
 from moiety.infer.streaming import connect, residency_of
 from moiety.model import load as any_model
 from moiety.model.transformer import Block, Transformer
@@ -123,7 +123,7 @@ class HostStore:
         """
         with self._calling:
             ready, missing = self.residency.begin(layer, experts)
-            most = max(2, -(-AHEAD_BYTES // self.slot_bytes)) if self.residency.sweeps else len(missing)
+            most = self.residency.passing if self.residency.sweeps else len(missing)
             missing.reverse()
             coming: dict[int, int] = {}
             try:
@@ -211,7 +211,7 @@ def host_experts(
             f"{memory_bytes:,} bytes are too few; the smallest is {dense_bytes + max(chosen) * slot:,}",
             hint=f"{dense_bytes:,} outside of the experts, and {max(chosen)} slots of {slot:,}",
         )
-    residency, guesses, said = residency_of(slots, chosen, policy, prefetch=prefetch)
+    residency, guesses, said = residency_of(slots, slot, chosen, policy, prefetch=prefetch)
     is_cuda = device.type == "cuda"
     rows = list[Tensor]()
     for module in owned:

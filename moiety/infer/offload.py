@@ -33,17 +33,11 @@ from moiety.residency import Key, Residency
 
 __all__ = ["ExpertStore", "StoreStatistics", "silent", "slot_bytes", "store_of"]
 
-PART_BYTES = (
-    2 << 20
-)  # of one read: large enough for full speed, small enough to divide an expert among threads
+PART_BYTES = 2 << 20  # of one read: large enough for full speed, small enough to divide an expert
 THREADS = 4
-AHEAD_BYTES = 16 << 20  # on their way at a time where a call goes through more experts than it may keep
 PATIENCE_S = 2.0
-ENOUGH_GUESSES, TRUSTED, SELDOM = (
-    64,
-    0.6,
-    16,
-)  # guesses to judge by, share to be right, and one call in so many else
+# guesses to judge by, share to be right, and one call in so many else
+ENOUGH_GUESSES, TRUSTED, SELDOM = 64, 0.6, 16
 
 
 def silent(line: str) -> None:
@@ -134,9 +128,8 @@ class _Load:
         )  # first byte and number of bytes of what nobody reads yet
         self.left = len(self.parts)
         self.digest, self.digested_bytes, self.is_digesting = xxhash.xxh3_64(), 0, False
-        self.arrived: dict[
-            int, int
-        ] = {}  # first byte and number of bytes of what is read and not yet in the digest
+        # first byte and number of bytes of what is read and not yet in the digest
+        self.arrived: dict[int, int] = {}
 
 
 @final
@@ -399,13 +392,15 @@ class ExpertStore:
                 else:
                     self._reader.want(load)
                     pending[expert] = load
-            self._forget_guesses()
+            self._forget()
             missing.reverse()
             try:
                 while ready or pending or missing:
                     self._submit(layer, missing, pending)
                     if not ready:
                         ready = self._arrived(pending)
+                    if not missing and len(experts) == len(self._pieces[layer]):
+                        self._look_ahead(layer + 1, len(pending))
                     yield ready
                     self.residency.release([(layer, expert) for expert in ready])
                     ready = {}
@@ -455,13 +450,23 @@ class ExpertStore:
 
     def _submit(self, layer: int, missing: list[int], pending: dict[int, _Load]) -> None:
         """Send for what is missing, as far as there are slots."""
-        most = max(2, -(-AHEAD_BYTES // self.slot_bytes)) if self.residency.sweeps else len(missing)
+        most = self.residency.passing if self.residency.sweeps else len(missing)
         while missing and len(pending) < most:
             key = layer, missing[-1]
             taken = self.residency.take(key)
             if taken is None:
                 return
             pending[missing.pop()] = load = _Load(key, taken.slot, self._pieces[layer][key[1]], False)
+            self._reader.submit(load)
+
+    def _look_ahead(self, layer: int, pending: int) -> None:
+        """A sweep that wants all experts of a layer will want all of the next: send for some in good time."""
+        for expert in self.lacks(layer, [*self._pieces[layer]]) if layer < len(self._pieces) else []:
+            most = self.residency.passing - pending - len(self._flying)
+            taken = self.residency.ahead((layer, expert)) if most > 0 else None
+            if taken is None:
+                return
+            self._flying[taken.key] = load = _Load(taken.key, taken.slot, self._pieces[layer][expert], False)
             self._reader.submit(load)
 
     def _arrived(self, pending: dict[int, _Load]) -> dict[int, int]:
@@ -505,7 +510,8 @@ class ExpertStore:
             else:  # whoever wants it will read it again, and be told
                 self.residency.drop(key)
 
-    def _forget_guesses(self) -> None:
-        """Guesses that nobody began to read were for a call that is over or came without them."""
-        for key in [key for key, load in self._flying.items() if not load.is_begun]:
+    def _forget(self) -> None:
+        """Guesses that nobody began to read, and what a sweep sent for, were for a call that did not come."""
+        for key in [key for key, load in self._flying.items() if not (load.is_begun and load.is_guess)]:
             self._give_up(self._flying.pop(key))
+            self.residency.release([key])

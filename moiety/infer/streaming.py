@@ -40,9 +40,7 @@ __all__ = ["Budget", "activation_bytes", "connect", "load_streamed", "process_by
 GROWTH_BYTES = 48 << 20  # code that is loaded and memory that is kept aside when a process first computes
 MARGIN_BYTES = 32 << 20  # what a process holds differs from run to run by less
 GUESSED_BYTES = 16 << 20  # an expert that takes longer to read than a layer to compute is not read on a guess
-SPARE_SHARE = (
-    32  # of the slots at most one in so many is for guesses: what it holds is not there for what is known
-)
+SPARE_SHARE = 32  # of the slots at most one in so many is for guesses: what is known has none of them
 KEY_VALUE_SHARE = 8  # of the budget at most an eighth, where nobody says how much
 
 
@@ -219,7 +217,9 @@ def _stream(
     """Put layers that ask a store in the place of those that hold their experts."""
     pays = options.prefetch and budget.slot_bytes <= GUESSED_BYTES
     chosen = _chosen(model.config)
-    residency, guesses, said = residency_of(budget.slots, chosen, options.expert_policy, prefetch=pays)
+    residency, guesses, said = residency_of(
+        budget.slots, budget.slot_bytes, chosen, options.expert_policy, prefetch=pays
+    )
     store = ExpertStore(file, residency, say=say)
     store.kv_bytes = budget.kv_bytes
     layers: list[tuple[Block, StreamedExperts | HostedExperts]] = []
@@ -246,12 +246,13 @@ def _stream(
 
 
 def residency_of(
-    slots: int, chosen: Sequence[int], policy: str, *, prefetch: bool
+    slots: int, slot_bytes: int, chosen: Sequence[int], policy: str, *, prefetch: bool
 ) -> tuple[Residency, bool, str]:
     """Who is in which of so many slots, whether some are for guesses, and why the policy is not the one asked for.
 
     Args:
         slots: All there are.
+        slot_bytes: Of each.
         chosen: Experts that a token uses, by layer.
         policy: A name, or "auto".
         prefetch: Keep a few for guesses.
@@ -263,7 +264,9 @@ def residency_of(
     spare = spare if prefetch and slots - spare > sum(chosen) else 0
     settled = settle(slots - spare, chosen, policy)
     rest = min(2 * max(chosen), slots - spare)
-    residency = Residency(slots, settled.policy, layers=len(chosen), spare=spare, rest=rest)
+    residency = Residency(
+        slots, settled.policy, layers=len(chosen), spare=spare, rest=rest, slot_bytes=slot_bytes
+    )
     return residency, spare > 0, settled.said
 
 

@@ -300,9 +300,9 @@ def _point(run: _Run, policy: str, slots: int, everything: int, rates: Rates | N
     else:
         if slots < _fewest(policy, layers):
             return None
-        cache = Residency(
-            slots, policy, layers=layers, keep=_most_used(run, slots) if policy == "fixed" else None
-        )
+        keep = _most_used(run, slots) if policy == "fixed" else None
+        size = max(run.bytes_L) or math.inf
+        cache = Residency(slots, policy, layers=layers, keep=keep, slot_bytes=size)
         missed_L = [-first for first in run.first_L]
         for step in run.steps:
             for layer, row in enumerate(step.experts):

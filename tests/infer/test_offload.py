@@ -156,6 +156,37 @@ def test_guesses_that_are_late_are_waited_for_or_forgotten(make: Make) -> None:
     assert store.lacks(0, [0, 1]) == [expert for expert in (0, 1) if (0, expert) not in store.residency]
 
 
+def test_a_prompt_has_the_next_layer_read_before_its_turn(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(offload, "THREADS", 1)
+    store, everything = make(10), list(range(EXPERTS))
+    for layer in range(LAYERS):
+        call(store, layer, [0, 1])
+    monkeypatch.setattr(os, "preadv", slow(0.01))
+    found = store.statistics()
+    misses = 0
+    for layer in range(LAYERS):
+        before = store.residency.resident(layer)
+        assert len(before) > 2 or layer == 0, "more than decoding left is here or on its way"
+        call(store, layer, everything)
+        misses += EXPERTS - 2
+    after = store.statistics()
+    assert after.misses - found.misses == misses, "what was sent for early counts as missed"
+    assert after.read_bytes - found.read_bytes == (EXPERTS - 2) * sum(SIZES), "and is read once"
+
+
+def test_what_was_read_for_a_layer_that_did_not_come_is_in_nobodys_way(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = make(3, "layered")
+    call(store, 0, [0])
+    monkeypatch.setattr(os, "preadv", slow(0.01))
+    for layer in (0, 2, 0, 1, 0, 0):
+        call(store, layer, list(range(EXPERTS)))
+        call(store, layer, [3])
+
+
 def test_a_flipped_bit_names_the_expert_and_the_store_lives_on(make: Make, packed: ExpertFile) -> None:
     path = packed.path
     store = make()

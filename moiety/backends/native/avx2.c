@@ -12,7 +12,8 @@
 #include "vectors.h"
 #include "registers.h"
 
-#define AT_ONCE 2
+#define AT_ONCE 4
+#define SIDE 1
 #define CHAINS 4
 
 INLINE __m256i four(const int8_t *x) {
@@ -23,8 +24,14 @@ INLINE __m256i four(const int8_t *x) {
 
 #define DOT_PAIRS
 
+/* Keep sums in the order in which they are written: gcc would add pairs up in a tree, for which it has no registers. */
+INLINE vi in_order(__m256i sum) {
+    __asm__("" : "+x"(sum));
+    return (vi)sum;
+}
+
 INLINE vi dot_pairs(vi pairs, vi weight, const int8_t *x) {
-    return (vi)_mm256_add_epi16((__m256i)pairs, _mm256_maddubs_epi16((__m256i)weight, four(x)));
+    return in_order(_mm256_add_epi16((__m256i)pairs, _mm256_maddubs_epi16((__m256i)weight, four(x))));
 }
 
 INLINE vi add_pairs(vi sum, vi pairs) { return sum + (vi)_mm256_madd_epi16((__m256i)pairs, _mm256_set1_epi16(1)); }
@@ -35,7 +42,7 @@ INLINE vi add_pairs(vi sum, vi pairs) { return sum + (vi)_mm256_madd_epi16((__m2
 INLINE vi dot4_wide(vi sum, vi weight, const int8_t *x) {
     const __m256i number = _mm256_xor_si256((__m256i)weight, _mm256_set1_epi8(-128));
     const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(number), _mm256_sign_epi8(four(x), number));
-    return add_pairs(sum, (vi)pairs);
+    return in_order((__m256i)add_pairs(sum, (vi)pairs));
 }
 
 INLINE vi lookup_bytes(const uint8_t table[16], vi index) {

@@ -3,6 +3,7 @@
 #include "registers.h"
 
 #define AT_ONCE 5
+#define SIDE 2
 #define CHAINS 12
 
 INLINE vi dot4(vi sum, vi weight, const int8_t *x) {

@@ -4,7 +4,8 @@
 #include "vectors.h"
 #include "registers.h"
 
-#define AT_ONCE 2
+#define AT_ONCE 4
+#define SIDE 1
 #define CHAINS 2
 
 typedef uint16_t vp __attribute__((vector_size(4 * LANES)));

@@ -3,6 +3,7 @@
  *   LEVEL(name)   the name with the level's suffix
  *   LANES         of a vector, one register's
  *   AT_ONCE       how many rows share an unpacked piece of a tile: as many as registers allow
+ *   SIDE          how many row blocks they take side by side, 1 or 2
  *   CHAINS        how many vectors of 16 numbers are worked on side by side to see what the processor can do at most
  *   dot4, dot4_wide   to each lane of sums the products of its 4 unsigned bytes with 4 signed ones; wide: of all 8 bits
  *   DOT_PAIRS     if defined there is no dot4, but dot_pairs, which keeps sums in 16 bits, and add_pairs, which adds them to
@@ -209,11 +210,14 @@ INLINE void LEVEL(float_rows)(int kind, int group, int blocks, const matrix *w, 
 #define ROWS_OF(kind, group, blocks, rows)                                                                             \
     do {                                                                                                               \
         const int64_t piece = count > AT_ONCE ? 1 + PIECE_BYTES / (blocks * w->tile_bytes) : w->groups;                \
+        const int64_t next = w->groups * w->tile_bytes;                                                                \
         for (int64_t from = 0; from < w->groups; from += piece) {                                                      \
             span part = {from, from + piece < w->groups ? from + piece : w->groups, 0};                                \
             int64_t i = 0;                                                                                             \
             for (; i + AT_ONCE <= count; i += AT_ONCE, part.warm = 1)                                                  \
-                LEVEL(rows)(kind, group, blocks, w, part, tiles, x, row + i, AT_ONCE, out, i);                         \
+                for (int b = 0; b < blocks; b += SIDE)                                                                 \
+                    LEVEL(rows)(kind, group, blocks < SIDE ? blocks : SIDE, w, part, tiles + b * next, x, row + i,     \
+                                AT_ONCE, out + b, i);                                                                  \
             for (; AT_ONCE > 4 && i + 4 <= count; i += 4, part.warm = 1)                                               \
                 LEVEL(rows)(kind, group, blocks, w, part, tiles, x, row + i, AT_ONCE > 4 ? 4 : 1, out, i);             \
             for (; i < count; i++, part.warm = 1) LEVEL(rows)(kind, group, blocks, w, part, tiles, x, row + i, 1, out, i); \
