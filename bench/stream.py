@@ -385,7 +385,10 @@ def against(case: Case, quick: bool, folder: Path) -> list[Row]:
 
 def main() -> int:
     """The cases one after the other: their files do not fit beside each other on every disk."""
-    options = arguments(__doc__ or "")
+    numbers = {str(number): case for number, case in enumerate(CASES)}
+    options = arguments(__doc__ or "", files=f"cases: {', '.join(numbers)}; all where none is named")
+    if unknown := set(options.files) - numbers.keys():
+        sys.exit(f"there is no case {', '.join(unknown)}; there are {', '.join(numbers)}")
     missing = "xllamacpp is not installed" if importlib.util.find_spec("xllamacpp") is None else ""
     for folder in (CGROUPS, DISK_CGROUPS):
         if not os.access(folder, os.W_OK):
@@ -396,7 +399,7 @@ def main() -> int:
         print(missing or "this measures CPUs", file=sys.stderr)
         return finish("stream", [])
     rows: list[Row] = []
-    for case in (QUICK,) if options.quick else CASES:
+    for case in (QUICK,) if options.quick else [numbers[one] for one in options.files] or CASES:
         with tempfile.TemporaryDirectory(prefix="moiety-") as name:
             rows += against(case, options.quick, Path(name))
     return finish("stream", rows)
