@@ -213,6 +213,14 @@ def test_what_a_prompt_does_not_keep_passes_through_the_slots_of_its_first_layer
     hits, missing = residency.begin(0, [3, 4])
     assert [*hits] == [3] and missing == [4], "the slots are home"
     assert residency.resident(LAYERS - 1) == [0, 1, 2, 3]
+    residency.release([(0, 3)])
+    sweep(residency, 1)
+    assert [*residency.begin(1, [3, 8])[0]] == [3, 8] and (1, 8) in residency, (
+        "what is in use goes home later"
+    )
+    residency.release([(1, 3), (1, 8)])
+    residency.begin(1, [0])
+    assert (1, 8) not in residency
     residency.check()
 
 

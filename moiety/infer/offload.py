@@ -511,7 +511,6 @@ class ExpertStore:
                 self.residency.drop(key)
 
     def _forget(self) -> None:
-        """Guesses that nobody began to read, and what a sweep sent for, were for a call that did not come."""
-        for key in [key for key, load in self._flying.items() if not (load.is_begun and load.is_guess)]:
+        """What nobody began to read was for a call that is over or came without it."""
+        for key in [key for key, load in self._flying.items() if not load.is_begun]:
             self._give_up(self._flying.pop(key))
-            self.residency.release([key])
