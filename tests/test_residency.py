@@ -236,9 +236,7 @@ def test_what_is_loaded_before_its_turn_is_missed_when_it_is_wanted() -> None:
     assert residency.ahead((3, 8)) is not None, "what was served makes room"
     residency.release([(3, 8)])
     residency.use(2, [0])  # no sweep: what passed goes home
-    assert (3, 8) not in residency and residency.ahead((3, 8)) is None, (
-        "nothing is free in its layer, nothing passes"
-    )
+    assert (3, 8) not in residency and residency.ahead((3, 8)) is None, "only a sweep looks ahead"
 
 
 def test_what_is_in_use_is_never_sent_away() -> None:

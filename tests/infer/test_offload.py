@@ -179,12 +179,16 @@ def test_a_prompt_has_the_next_layer_read_before_its_turn(
 def test_what_was_read_for_a_layer_that_did_not_come_is_in_nobodys_way(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store = make(3, "layered")
-    call(store, 0, [0])
+    monkeypatch.setattr(offload, "THREADS", 1)
+    store, sent_for = make(9, "layered"), 0
+    for layer in range(LAYERS):
+        call(store, layer, [0, 1, 2])
     monkeypatch.setattr(os, "preadv", slow(0.01))
     for layer in (0, 2, 0, 1, 0, 0):
         call(store, layer, list(range(EXPERTS)))
-        call(store, layer, [3])
+        sent_for += len(store.residency.resident(1)) > 3 and layer == 0
+        call(store, 2 - layer, [3])
+    assert sent_for, "without it nothing is shown"
 
 
 def test_a_flipped_bit_names_the_expert_and_the_store_lives_on(make: Make, packed: ExpertFile) -> None:
