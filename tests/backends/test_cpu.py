@@ -136,9 +136,9 @@ def test_the_largest_sums_there_can_be(name: str, signs: str, level: str) -> Non
         one = torch.ones(rows, 256)
         return one if sign == "+" else -one if sign == "-" else one * torch.tensor([1.0, -1.0]).repeat(128)
 
-    case = Grouped(name, 256, 48, [1, 7], bias=False)
-    case.x = of(signs[1], 8)
-    weight = of(signs[0], 2 * 48).reshape(2, 48, 256)
+    case = Grouped(name, 256, 48, [1, 7, 9], bias=False)
+    case.x = of(signs[1], 17)
+    weight = of(signs[0], 3 * 48).reshape(3, 48, 256)
     weight[:, :, ::32] *= (
         1.125  # a minimum and a maximum, so that codes of formats with a minimum are not all 0
     )

@@ -49,7 +49,7 @@ static void unpack_groups(const matrix *w, const uint8_t *tiles, int32_t blocks,
     const int64_t next = w->groups * w->tile_bytes;
     for (int64_t g = from; g < to; g++) {
         const uint8_t *tile = tiles + g * w->tile_bytes;
-        LEVEL(fetch)(tile, (g + 1) * w->tile_bytes + PREFETCH_BYTES > next, blocks, next, w->tile_bytes);
+        LEVEL(fetch)(tile, w->tile_bytes, g, blocks, next, (blocks - 1) * next);
         for (int b = 0; b < blocks; b++) {
             const uint8_t *at = tile + b * next;
             if (w->kind == KIND_INT8) unpack_kind(KIND_INT8, w, at, g - from, b, into);
@@ -118,14 +118,14 @@ INLINE void rows_of_groups(int blocks, int halves, const matrix *w, const unpack
         for (int b = 0; b < blocks; b++) {
             const vf scales = weights->scale[b][g - from];
             for (i = 0; i < count; i++) {
-                const int64_t at = row[i] * x->groups + g;
+                const code_group *at = x->group + row[i] * x->groups + g;
                 vf total = {};
                 vi inner;
                 if (g) memcpy(&total, out[b][i], sizeof total);
                 memcpy(&inner, sum[b][i], sizeof inner);
-                if (w->kind != KIND_INT4_MINIMUM) inner += x->sum[at];
-                total += __builtin_convertvector(inner, vf) * (scales * x->scale[at]);
-                if (w->kind == KIND_INT4_MINIMUM) total += weights->minimum[b][g - from] * (x->scale[at] * (float)x->sum[at]);
+                if (w->kind != KIND_INT4_MINIMUM) inner += at->sum;
+                total += __builtin_convertvector(inner, vf) * (scales * at->scale);
+                if (w->kind == KIND_INT4_MINIMUM) total += weights->minimum[b][g - from] * (at->scale * (float)at->sum);
                 memcpy(out[b][i], &total, sizeof total);
             }
         }

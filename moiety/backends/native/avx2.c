@@ -14,6 +14,7 @@
 
 #define AT_ONCE 4
 #define SIDE 1
+#define READY_FROM 8
 #define CHAINS 4
 
 INLINE __m256i four(const int8_t *x) {
@@ -22,27 +23,28 @@ INLINE __m256i four(const int8_t *x) {
     return _mm256_set1_epi32(bytes);
 }
 
-#define DOT_PAIRS
+#define DOT_PAIRS 1
 
-/* Keep sums in the order in which they are written: gcc would add pairs up in a tree, for which it has no registers. */
-INLINE vi in_order(__m256i sum) {
-    __asm__("" : "+x"(sum));
-    return (vi)sum;
-}
+INLINE vi pairs_of(vi weight, const int8_t *x) { return (vi)_mm256_maddubs_epi16((__m256i)weight, four(x)); }
 
+/* In the order in which they are written: gcc would gather products, or add them up in a tree, and has no registers for that. */
 INLINE vi dot_pairs(vi pairs, vi weight, const int8_t *x) {
-    return in_order(_mm256_add_epi16((__m256i)pairs, _mm256_maddubs_epi16((__m256i)weight, four(x))));
+    __m256i products;
+    __asm__ volatile("vpmaddubsw %2, %3, %1\n\tvpaddw %1, %0, %0" : "+x"(pairs), "=&x"(products) : "x"(four(x)), "x"(weight));
+    return pairs;
 }
 
 INLINE vi add_pairs(vi sum, vi pairs) { return sum + (vi)_mm256_madd_epi16((__m256i)pairs, _mm256_set1_epi16(1)); }
 
 /* All eight bits, minus their zero: signs go to the other factor, so that 128 * 127 * 2 is the most. */
-#define DOT_SIGNED
+#define DOT_SIGNED 1
 
 INLINE vi dot4_wide(vi sum, vi weight, const int8_t *x) {
     const __m256i number = _mm256_xor_si256((__m256i)weight, _mm256_set1_epi8(-128));
     const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(number), _mm256_sign_epi8(four(x), number));
-    return in_order((__m256i)add_pairs(sum, (vi)pairs));
+    sum = add_pairs(sum, (vi)pairs);
+    __asm__("" : "+x"(sum));
+    return sum;
 }
 
 INLINE vi lookup_bytes(const uint8_t table[16], vi index) {

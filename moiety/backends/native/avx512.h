@@ -4,6 +4,9 @@
 
 #define AT_ONCE 5
 #define SIDE 2
+#define READY_FROM 0
+#define DOT_PAIRS 0
+#define DOT_SIGNED 0
 #define CHAINS 12
 
 INLINE vi dot4(vi sum, vi weight, const int8_t *x) {

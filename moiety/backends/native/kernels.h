@@ -33,14 +33,19 @@ typedef struct {
     int32_t kind, group;   /* group: columns of a tile */
 } matrix;
 
-/* Rows to be multiplied, prepared for a kind of matrix: of integer kinds each group of columns has codes, a scale and the
- * codes' sum; of the others there are the float32 numbers themselves. Padding columns are zero. */
+/* A group of columns of a row's codes. */
 typedef struct {
-    const int8_t *code;   /* (rows, width) */
-    const float *value;   /* (rows, width); one of the two is NULL */
-    const float *scale;   /* (rows, groups) */
-    const int32_t *sum;   /* (rows, groups) the codes' sum; for weights whose zero has a code, minus that code times the sum */
-    int64_t width, groups; /* width = groups * group */
+    float scale;
+    int32_t sum; /* of the codes; for weights whose zero has a code, minus that code times the sum */
+} code_group;
+
+/* Rows to be multiplied, prepared for a kind of matrix: codes of integer kinds, of the others the float32 numbers themselves.
+ * Padding columns are zero. */
+typedef struct {
+    const int8_t *code;      /* (rows, width) */
+    const float *value;      /* (rows, width); one of the two is NULL */
+    const code_group *group; /* (rows, groups), beside codes */
+    int64_t width, groups;   /* width = groups * columns of a group */
 } operand;
 
 static inline int is_integer(int32_t kind) { return kind >= KIND_INT8 && kind <= KIND_MXFP4; }
@@ -50,7 +55,7 @@ static inline int is_integer(int32_t kind) { return kind >= KIND_INT8 && kind <=
 typedef void (*block_product)(const matrix *w, const uint8_t *tiles, int32_t blocks, const operand *x, const int64_t *row,
                               int64_t count, float (*const *out)[ROWS]);
 /* Prepare one row of `columns` float32 numbers as row `into` of an operand. */
-typedef void (*prepare_row)(const matrix *w, const float *x, int8_t *code, float *value, float *scale, int32_t *sum);
+typedef void (*prepare_row)(const matrix *w, const float *x, int8_t *code, float *value, code_group *group);
 /* hidden[i] = activation(gate[i]) * up[i], 16 numbers; up is NULL without a gate. */
 typedef void (*activate_row)(int32_t activation, float limit, const float *gate, const float *up, float *hidden);
 

@@ -6,6 +6,7 @@
 
 #define AT_ONCE 4
 #define SIDE 1
+#define READY_FROM 0
 #define CHAINS 2
 
 typedef uint16_t vp __attribute__((vector_size(4 * LANES)));
@@ -17,11 +18,12 @@ INLINE vi halves_of(int8_t low, int8_t high) { return (vi){} + (int32_t)((uint16
 INLINE vp even_products(vi weight, const int8_t *x) { return (vp)(weight & 0x00ff00ff) * (vp)halves_of(x[0], x[2]); }
 INLINE vp odd_products(vi weight, const int8_t *x) { return (vp)((vi)((vu)weight >> 8) & 0x00ff00ff) * (vp)halves_of(x[1], x[3]); }
 
-#define DOT_PAIRS
+#define DOT_PAIRS 1
+#define DOT_SIGNED 0
 
-INLINE vi dot_pairs(vi pairs, vi weight, const int8_t *x) {
-    return (vi)((vp)pairs + even_products(weight, x) + odd_products(weight, x));
-}
+INLINE vi pairs_of(vi weight, const int8_t *x) { return (vi)(even_products(weight, x) + odd_products(weight, x)); }
+
+INLINE vi dot_pairs(vi pairs, vi weight, const int8_t *x) { return (vi)((vp)pairs + (vp)pairs_of(weight, x)); }
 
 INLINE vi add_pairs(vi sum, vi pairs) { return sum + (pairs << 16 >> 16) + (pairs >> 16); }
 

@@ -149,8 +149,7 @@ static operand take_operand(cursor *at, const matrix *w, int64_t rows) {
     operand x = {.width = w->groups * w->group, .groups = w->groups};
     if (is_integer(w->kind)) {
         x.code = take(at, rows * x.width);
-        x.scale = take(at, rows * x.groups * 4);
-        x.sum = take(at, rows * x.groups * 4);
+        x.group = take(at, rows * x.groups * sizeof(code_group));
     } else {
         x.value = take(at, rows * x.width * 4);
     }
@@ -159,10 +158,9 @@ static operand take_operand(cursor *at, const matrix *w, int64_t rows) {
 
 static void prepare_one(const level_table *table, const matrix *w, const float *from, const operand *x, int64_t row) {
     if (x->value)
-        table->prepare(w, from, NULL, (float *)x->value + row * x->width, NULL, NULL);
+        table->prepare(w, from, NULL, (float *)x->value + row * x->width, NULL);
     else
-        table->prepare(w, from, (int8_t *)x->code + row * x->width, NULL, (float *)x->scale + row * x->groups,
-                       (int32_t *)x->sum + row * x->groups);
+        table->prepare(w, from, (int8_t *)x->code + row * x->width, NULL, (code_group *)x->group + row * x->groups);
 }
 
 /* From a stack's first byte to an expert's; negative where it is not in memory. */

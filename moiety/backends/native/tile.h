@@ -4,11 +4,12 @@
  *   LANES         of a vector, one register's
  *   AT_ONCE       how many rows share an unpacked piece of a tile: as many as registers allow
  *   SIDE          how many row blocks they take side by side, 1 or 2
+ *   READY_FROM    from how many rows on a piece of a tile is unpacked for all of them, once; 0: never. Needs a SIDE of 1
  *   CHAINS        how many vectors of 16 numbers are worked on side by side to see what the processor can do at most
  *   dot4, dot4_wide   to each lane of sums the products of its 4 unsigned bytes with 4 signed ones; wide: of all 8 bits
- *   DOT_PAIRS     if defined there is no dot4, but dot_pairs, which keeps sums in 16 bits, and add_pairs, which adds them to
- *                 sums in 32: of 8 quads of weights up to 15, of 4 of weights up to 31
- *   DOT_SIGNED    if defined, dot4_wide takes the code of zero off the weights
+ *   DOT_PAIRS     if 1 there is no dot4, but pairs_of, sums of two products in 16 bits, dot_pairs, which adds them up, and
+ *                 add_pairs, which adds those to sums in 32: of 8 quads of weights up to 15, of 4 of weights up to 31
+ *   DOT_SIGNED    if 1, dot4_wide takes the code of zero off the weights
  *   lookup_bytes, lookup_floats, widen_halves
  *
  * A tile has 16 rows, a lane of 32 bits for each; a vector is one of the PARTS of them. Every output is summed in the same
@@ -69,22 +70,47 @@ INLINE vf LEVEL(floats)(int kind, int group, const uint8_t *tile, int k, int par
     return lookup_floats(quantile, code);
 }
 
-/* Ask for the tiles that come PREFETCH_BYTES later; past the end of a row block they are those of the one after the next. */
-INLINE void LEVEL(fetch)(const uint8_t *tile, int past, int blocks, int64_t next, int64_t bytes) {
-    for (int b = 0; b < blocks; b++) {
-        const uint8_t *later = tile + b * next + PREFETCH_BYTES + (past ? (blocks - 1) * next : 0);
-        for (int64_t ahead = 0; ahead < bytes; ahead += 64) __builtin_prefetch(later + ahead, 0, 3);
-    }
+/* Ask for the tiles that come PREFETCH_BYTES after group g's. Row blocks have `next` bytes, and `skip` more lie between the end of
+ * one and what is multiplied after it. */
+INLINE void LEVEL(fetch)(const uint8_t *tile, int64_t bytes, int64_t g, int blocks, int64_t next, int64_t skip) {
+    const uint8_t *later = tile + PREFETCH_BYTES + ((g + 1) * bytes + PREFETCH_BYTES > next ? skip : 0);
+    for (int b = 0; b < blocks; b++)
+        for (int64_t ahead = 0; ahead < bytes; ahead += 64) __builtin_prefetch(later + b * next + ahead, 0, 3);
 }
 
-/* `count` rows with `blocks` row blocks side by side: an unpacked line serves all rows, a broadcast number all blocks. Both are
- * known when this is compiled, and so is the kind. Vector v is part v % PARTS of row block v / PARTS. */
+/* What a group of a row block takes when it is unpacked: bytes of integers, else floats. */
+INLINE int64_t LEVEL(ready_bytes)(int kind, int group) { return ROWS * group * (is_integer(kind) ? 1 : 4); }
+
+INLINE vi LEVEL(ready_line)(int kind, int group, const uint8_t *ready, int64_t g, int k, int part) {
+    return LEVEL(line)(ready + g * LEVEL(ready_bytes)(kind, group) + 64 * k + 4 * LANES * part);
+}
+
+/* Some groups of `blocks` row blocks as the lines that rows are multiplied with, all of a block before the next's. */
+INLINE void LEVEL(make_ready)(int kind, int group, int blocks, const matrix *w, span part, const uint8_t *tiles, uint8_t *to) {
+    const int64_t next = w->groups * w->tile_bytes;
+    const int lines = is_integer(kind) ? group / 4 : group;
+    for (int b = 0; b < blocks; b++)
+        for (int64_t g = part.from; g < part.to; g++) {
+            const uint8_t *tile = tiles + b * next + g * w->tile_bytes;
+            LEVEL(fetch)(tile, w->tile_bytes, g, 1, next, part.skip);
+#pragma GCC unroll 32
+            for (int k = 0; k < lines; k++)
+                for (int v = 0; v < PARTS; v++, to += 4 * LANES) {
+                    const vi line = is_integer(kind) ? LEVEL(integers)(kind, group, tile, k, v)
+                                                     : (vi)LEVEL(floats)(kind, group, tile, k, v);
+                    memcpy(to, &line, sizeof line);
+                }
+        }
+}
+
+/* `count` rows with `blocks` row blocks side by side: a line serves all rows, a broadcast number all blocks. Both are known when
+ * this is compiled, and so are the kind and whether lines are ready. Vector v is part v % PARTS of row block v / PARTS. */
 INLINE void LEVEL(integer_rows)(int kind, int group, int blocks, const matrix *w, span part, const uint8_t *tile,
-                                const operand *x, const int64_t *row, int count, float (*const *out)[ROWS], int64_t first) {
+                                const uint8_t *ready, const operand *x, const int64_t *row, int count,
+                                float (*const *out)[ROWS], int64_t first) {
     vf total[AT_ONCE][2 * PARTS];
     const int8_t *code[AT_ONCE];
-    const float *scale[AT_ONCE];
-    const int32_t *sum[AT_ONCE];
+    const code_group *of[AT_ONCE];
     const int vectors = blocks * PARTS;
     const int64_t next = w->groups * w->tile_bytes; /* to the next row block */
     for (int i = 0; i < count; i++) {
@@ -93,39 +119,39 @@ INLINE void LEVEL(integer_rows)(int kind, int group, int blocks, const matrix *w
             if (part.from) memcpy(&total[i][v], out[v / PARTS][first + i] + LANES * (v % PARTS), sizeof(vf));
         }
         code[i] = x->code + row[i] * x->width;
-        scale[i] = x->scale + row[i] * x->groups;
-        sum[i] = x->sum + row[i] * x->groups;
+        of[i] = x->group + row[i] * x->groups;
     }
     const int code_bytes = kind == KIND_INT8 ? ROWS * group : ROWS * group / 2;
     const int scale_bytes = kind == KIND_MXFP4 ? ROWS : 2 * ROWS;
     const int tile_bytes = code_bytes + scale_bytes + (kind == KIND_INT4_MINIMUM ? 2 * ROWS : 0);
     tile += part.from * tile_bytes;
     for (int64_t g = part.from; g < part.to; g++, tile += tile_bytes) {
-        if (!part.warm) LEVEL(fetch)(tile, (g + 1) * tile_bytes + PREFETCH_BYTES > next, blocks, next, tile_bytes);
-#ifdef DOT_SIGNED
-        const int has_zero = kind != KIND_INT4_MINIMUM && kind != KIND_INT8;
-#else
-        const int has_zero = kind != KIND_INT4_MINIMUM;
-#endif
+        if (!part.warm) LEVEL(fetch)(tile, tile_bytes, g, blocks, next, part.skip);
+        const int has_zero = kind != KIND_INT4_MINIMUM && !(DOT_SIGNED && kind == KIND_INT8);
+        const int in_pairs = DOT_PAIRS && kind != KIND_INT8;
         vi inner[AT_ONCE][2 * PARTS];
         for (int i = 0; i < count; i++)
-            for (int v = 0; v < vectors; v++) inner[i][v] = (vi){} + (has_zero ? sum[i][g] : 0);
-#ifdef DOT_PAIRS
-        if (kind != KIND_INT8) {
+            for (int v = 0; v < vectors; v++) inner[i][v] = (vi){} + (has_zero && !in_pairs ? of[i][g].sum : 0);
+#if DOT_PAIRS
+        if (in_pairs) {
             const int run = kind == KIND_MXFP4 ? 4 : 8;
             for (int from = 0; from < group / 4; from += run) {
                 vi pairs[AT_ONCE][2 * PARTS];
-                for (int i = 0; i < count; i++)
-                    for (int v = 0; v < vectors; v++) pairs[i][v] = (vi){};
 #pragma GCC unroll 8
-                for (int quad = from; quad < from + run; quad++)
-                    for (int v = 0; v < vectors; v++) {
-                        const vi line = LEVEL(integers)(kind, group, tile + v / PARTS * next, quad, v % PARTS);
-                        for (int i = 0; i < count; i++)
-                            pairs[i][v] = dot_pairs(pairs[i][v], line, code[i] + g * group + 4 * quad);
+                for (int quad = from; quad < from + run; quad++) {
+                    vi line[2 * PARTS];
+                    for (int v = 0; v < vectors; v++)
+                        line[v] = ready ? LEVEL(ready_line)(kind, group, ready, g - part.from, quad, v)
+                                        : LEVEL(integers)(kind, group, tile + v / PARTS * next, quad, v % PARTS);
+                    for (int n = 0; n < count * vectors; n++) {
+                        const int i = ready ? n % count : n / vectors, v = ready ? n / count : n % vectors; /* registers suffice so */
+                        const int8_t *at = code[i] + g * group + 4 * quad;
+                        pairs[i][v] = quad == from ? pairs_of(line[v], at) : dot_pairs(pairs[i][v], line[v], at);
                     }
+                }
                 for (int i = 0; i < count; i++)
-                    for (int v = 0; v < vectors; v++) inner[i][v] = add_pairs(inner[i][v], pairs[i][v]);
+                    for (int v = 0; v < vectors; v++)
+                        inner[i][v] = add_pairs(from ? inner[i][v] : (vi){} + (has_zero ? of[i][g].sum : 0), pairs[i][v]);
             }
         } else
 #endif
@@ -140,7 +166,7 @@ INLINE void LEVEL(integer_rows)(int kind, int group, int blocks, const matrix *w
                     for (int v = 0; v < vectors; v++) {
                         const int8_t *at = code[i] + g * group + 4 * quad;
                         vi *const sum_of = count == 1 && quad % 2 ? &odd[v] : &inner[i][v];
-#ifndef DOT_PAIRS
+#if !DOT_PAIRS
                         if (kind != KIND_INT8) *sum_of = dot4(*sum_of, line[v], at);
                         else
 #endif
@@ -155,8 +181,9 @@ INLINE void LEVEL(integer_rows)(int kind, int group, int blocks, const matrix *w
             vf minimum = {};
             if (kind == KIND_INT4_MINIMUM) minimum = widen_halves(at + scale_bytes + 2 * LANES * (v % PARTS));
             for (int i = 0; i < count; i++) {
-                total[i][v] += __builtin_convertvector(inner[i][v], vf) * (scales * scale[i][g]);
-                if (kind == KIND_INT4_MINIMUM) total[i][v] += minimum * (scale[i][g] * (float)sum[i][g]);
+                const code_group one = of[i][g];
+                total[i][v] += __builtin_convertvector(inner[i][v], vf) * (scales * one.scale);
+                if (kind == KIND_INT4_MINIMUM) total[i][v] += minimum * (one.scale * (float)one.sum);
             }
         }
     }
@@ -166,7 +193,8 @@ INLINE void LEVEL(integer_rows)(int kind, int group, int blocks, const matrix *w
 }
 
 INLINE void LEVEL(float_rows)(int kind, int group, int blocks, const matrix *w, span part, const uint8_t *tile,
-                              const operand *x, const int64_t *row, int count, float (*const *out)[ROWS], int64_t first) {
+                              const uint8_t *ready, const operand *x, const int64_t *row, int count,
+                              float (*const *out)[ROWS], int64_t first) {
     vf total[AT_ONCE][2 * PARTS];
     const float *value[AT_ONCE];
     const int vectors = blocks * PARTS;
@@ -180,14 +208,16 @@ INLINE void LEVEL(float_rows)(int kind, int group, int blocks, const matrix *w, 
     }
     tile += part.from * w->tile_bytes;
     for (int64_t g = part.from; g < part.to; g++, tile += w->tile_bytes) {
-        if (!part.warm) LEVEL(fetch)(tile, (g + 1) * w->tile_bytes + PREFETCH_BYTES > next, blocks, next, w->tile_bytes);
+        if (!part.warm) LEVEL(fetch)(tile, w->tile_bytes, g, blocks, next, part.skip);
         vf inner[AT_ONCE][2 * PARTS];
         for (int i = 0; i < count; i++)
             for (int v = 0; v < vectors; v++) inner[i][v] = (vf){};
 #pragma GCC unroll 8
         for (int k = 0; k < group; k++) {
             vf line[2 * PARTS];
-            for (int v = 0; v < vectors; v++) line[v] = LEVEL(floats)(kind, group, tile + v / PARTS * next, k, v % PARTS);
+            for (int v = 0; v < vectors; v++)
+                line[v] = ready ? (vf)LEVEL(ready_line)(kind, group, ready, g - part.from, k, v)
+                                : LEVEL(floats)(kind, group, tile + v / PARTS * next, k, v % PARTS);
             for (int i = 0; i < count; i++)
                 for (int v = 0; v < vectors; v++) inner[i][v] += line[v] * value[i][g * group + k];
         }
@@ -204,48 +234,71 @@ INLINE void LEVEL(float_rows)(int kind, int group, int blocks, const matrix *w, 
             memcpy(out[v / PARTS][first + i] + LANES * (v % PARTS), &total[i][v], sizeof(vf));
 }
 
-/* AT_ONCE rows at a time, then 4, then single ones. Where several sets of rows need the same tiles, they all take a piece of the
- * columns that fits the first cache before the next piece; sums continue where they were left, so nothing is added in another
- * order. */
-#define ROWS_OF(kind, group, blocks, rows)                                                                             \
+/* `side` row blocks at once where there are so many, else one after the other. */
+INLINE void LEVEL(rows)(int kind, int group, int blocks, int side, const matrix *w, span part, const uint8_t *tiles,
+                        const uint8_t *ready, const operand *x, const int64_t *row, int count, float (*const *out)[ROWS],
+                        int64_t first) {
+    const int64_t next = w->groups * w->tile_bytes, beside = (part.to - part.from) * LEVEL(ready_bytes)(kind, group);
+    const int both = side == 2 && blocks == 2;
+    for (int b = 0; b < (both ? 1 : blocks); b++) {
+        const uint8_t *at = tiles + b * next, *lines = ready ? ready + b * beside : NULL;
+        if (is_integer(kind) && both) LEVEL(integer_rows)(kind, group, 2, w, part, at, lines, x, row, count, out, first);
+        else if (is_integer(kind)) LEVEL(integer_rows)(kind, group, 1, w, part, at, lines, x, row, count, out + b, first);
+        else if (both) LEVEL(float_rows)(kind, group, 2, w, part, at, lines, x, row, count, out, first);
+        else LEVEL(float_rows)(kind, group, 1, w, part, at, lines, x, row, count, out + b, first);
+    }
+}
+
+/* AT_ONCE rows at a time, then 4, then single ones. */
+INLINE void LEVEL(sets)(int kind, int group, int blocks, const matrix *w, span part, const uint8_t *tiles, const uint8_t *ready,
+                        const operand *x, const int64_t *row, int64_t count, float (*const *out)[ROWS]) {
+    int64_t i = 0;
+    for (; i + AT_ONCE <= count; i += AT_ONCE, part.warm = 1)
+        LEVEL(rows)(kind, group, blocks, SIDE, w, part, tiles, ready, x, row + i, AT_ONCE, out, i);
+    for (; AT_ONCE > 4 && i + 4 <= count; i += 4, part.warm = 1)
+        LEVEL(rows)(kind, group, blocks, SIDE, w, part, tiles, ready, x, row + i, 4, out, i);
+    for (; i < count; i++, part.warm = 1)
+        LEVEL(rows)(kind, group, blocks, ready ? 1 : 2, w, part, tiles, ready, x, row + i, 1, out, i);
+}
+
+/* Where several sets of rows need the same tiles, they all take a piece of the columns that fits the first cache before the next
+ * piece; sums continue where they were left, so nothing is added in another order. */
+INLINE void LEVEL(pieces)(int kind, int group, int blocks, const matrix *w, const uint8_t *tiles, const operand *x,
+                          const int64_t *row, int64_t count, float (*const *out)[ROWS]) {
+    const int is_slow = kind == KIND_FLOAT8 || kind >= KIND_MXFP4 || (kind >= KIND_INT4 && group > 32); /* to unpack */
+    const int is_ready = READY_FROM && is_slow && count >= READY_FROM;
+    const int64_t unpacked = blocks * LEVEL(ready_bytes)(kind, group), packed = blocks * w->tile_bytes;
+    const int64_t piece = is_ready ? READY_BYTES / unpacked : count > AT_ONCE ? 1 + PIECE_BYTES / packed : w->groups;
+    for (int64_t from = 0; from < w->groups; from += piece) {
+        const span part = {from, from + piece < w->groups ? from + piece : w->groups, (blocks - 1) * w->groups * w->tile_bytes,
+                           is_ready};
+        if (is_ready) {
+            uint8_t ready[READY_BYTES] __attribute__((aligned(64)));
+            LEVEL(make_ready)(kind, group, blocks, w, part, tiles, ready);
+            LEVEL(sets)(kind, group, blocks, w, part, tiles, ready, x, row, count, out);
+        } else LEVEL(sets)(kind, group, blocks, w, part, tiles, NULL, x, row, count, out);
+    }
+}
+
+#define BY_KIND(kind, group) LEVEL(pieces)(kind, group, blocks, w, tiles, x, row, count, out)
+#define BY_GROUP(kind)                                                                                                 \
     do {                                                                                                               \
-        const int64_t piece = count > AT_ONCE ? 1 + PIECE_BYTES / (blocks * w->tile_bytes) : w->groups;                \
-        const int64_t next = w->groups * w->tile_bytes;                                                                \
-        for (int64_t from = 0; from < w->groups; from += piece) {                                                      \
-            span part = {from, from + piece < w->groups ? from + piece : w->groups, 0};                                \
-            int64_t i = 0;                                                                                             \
-            for (; i + AT_ONCE <= count; i += AT_ONCE, part.warm = 1)                                                  \
-                for (int b = 0; b < blocks; b += SIDE)                                                                 \
-                    LEVEL(rows)(kind, group, blocks < SIDE ? blocks : SIDE, w, part, tiles + b * next, x, row + i,     \
-                                AT_ONCE, out + b, i);                                                                  \
-            for (; AT_ONCE > 4 && i + 4 <= count; i += 4, part.warm = 1)                                               \
-                LEVEL(rows)(kind, group, blocks, w, part, tiles, x, row + i, AT_ONCE > 4 ? 4 : 1, out, i);             \
-            for (; i < count; i++, part.warm = 1) LEVEL(rows)(kind, group, blocks, w, part, tiles, x, row + i, 1, out, i); \
-        }                                                                                                              \
-    } while (0)
-#define BY_BLOCKS(kind, group, rows)                                                                                   \
-    do {                                                                                                               \
-        if (blocks == 2) ROWS_OF(kind, group, 2, rows);                                                                \
-        else ROWS_OF(kind, group, 1, rows);                                                                            \
-    } while (0)
-#define BY_GROUP(kind, rows)                                                                                           \
-    do {                                                                                                               \
-        if (w->group == 32) BY_BLOCKS(kind, 32, rows);                                                                 \
-        else if (w->group == 64) BY_BLOCKS(kind, 64, rows);                                                            \
-        else BY_BLOCKS(kind, 128, rows);                                                                               \
+        if (w->group == 32) BY_KIND(kind, 32);                                                                         \
+        else if (w->group == 64) BY_KIND(kind, 64);                                                                    \
+        else BY_KIND(kind, 128);                                                                                       \
     } while (0)
 
 static void LEVEL(product)(const matrix *w, const uint8_t *tiles, int32_t blocks, const operand *x, const int64_t *row,
                            int64_t count, float (*const *out)[ROWS]) {
     switch (w->kind) {
-    case KIND_FLOAT32: BY_BLOCKS(KIND_FLOAT32, 16, float_rows); break;
-    case KIND_BFLOAT16: BY_BLOCKS(KIND_BFLOAT16, 32, float_rows); break;
-    case KIND_FLOAT8: BY_BLOCKS(KIND_FLOAT8, 128, float_rows); break;
-    case KIND_NF4: BY_GROUP(KIND_NF4, float_rows); break;
-    case KIND_INT8: BY_GROUP(KIND_INT8, integer_rows); break;
-    case KIND_INT4: BY_GROUP(KIND_INT4, integer_rows); break;
-    case KIND_INT4_MINIMUM: BY_GROUP(KIND_INT4_MINIMUM, integer_rows); break;
-    default: BY_BLOCKS(KIND_MXFP4, 32, integer_rows); break;
+    case KIND_FLOAT32: BY_KIND(KIND_FLOAT32, 16); break;
+    case KIND_BFLOAT16: BY_KIND(KIND_BFLOAT16, 32); break;
+    case KIND_FLOAT8: BY_KIND(KIND_FLOAT8, 128); break;
+    case KIND_NF4: BY_GROUP(KIND_NF4); break;
+    case KIND_INT8: BY_GROUP(KIND_INT8); break;
+    case KIND_INT4: BY_GROUP(KIND_INT4); break;
+    case KIND_INT4_MINIMUM: BY_GROUP(KIND_INT4_MINIMUM); break;
+    default: BY_KIND(KIND_MXFP4, 32); break;
     }
 }
 
@@ -255,7 +308,7 @@ INLINE int32_t LEVEL(nearest)(float x) {
     return (int32_t)((uint32_t)shifted.bits - 0x4b400000u); /* of what is not finite: anything */
 }
 
-static void LEVEL(prepare)(const matrix *w, const float *x, int8_t *code, float *value, float *scale, int32_t *sum) {
+static void LEVEL(prepare)(const matrix *w, const float *x, int8_t *code, float *value, code_group *group) {
     const int64_t columns = w->columns, width = w->groups * w->group;
     if (!is_integer(w->kind)) {
         memcpy(value, x, columns * sizeof(float));
@@ -280,8 +333,8 @@ static void LEVEL(prepare)(const matrix *w, const float *x, int8_t *code, float 
         /* what is not finite must come out as what is not finite */
         float check = 0;
         for (int64_t k = 0; k < left; k++) check += x[first + k] * 0;
-        scale[g] = largest / 127 + check;
-        sum[g] = w->kind == KIND_INT4_MINIMUM ? total : -LEVEL(zero_of)(w->kind) * total;
+        group[g].scale = largest / 127 + check;
+        group[g].sum = w->kind == KIND_INT4_MINIMUM ? total : -LEVEL(zero_of)(w->kind) * total;
     }
 }
 
@@ -323,7 +376,7 @@ static float LEVEL(peak)(int32_t integers, int64_t rounds) {
     }
     if (integers)
         for (int64_t r = 0; r < rounds; r++)
-#ifdef DOT_PAIRS
+#if DOT_PAIRS
             for (int i = 0; i < CHAINS * PARTS; i++) whole[i] = dot_pairs(whole[i], weight, x);
 #else
             for (int i = 0; i < CHAINS * PARTS; i++) whole[i] = dot4(whole[i], weight, x);

@@ -10,10 +10,12 @@
 #define LEVEL(name) JOIN(LEVEL_NAME, name)
 #define PREFETCH_BYTES 3072
 #define PIECE_BYTES (12 << 10) /* of tiles, to be found in the first cache by every set of rows */
+#define READY_BYTES (32 << 10) /* of unpacked tiles, which every set of rows finds there */
 
-/* Groups of columns, and whether the tiles were just read. */
+/* Groups of columns; how many bytes lie between the end of a row block and what is multiplied after it; whether the tiles were
+ * just read. */
 typedef struct {
-    int64_t from, to;
+    int64_t from, to, skip;
     int warm;
 } span;
 
