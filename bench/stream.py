@@ -1,7 +1,8 @@
 """Models larger than their memory: our streaming against llama.cpp's mapped file, both under the same limit.
 
 Each engine is a process in a memory cgroup of its own (version 1, writable by root); for llama.cpp the pages of its
-file count there, as they do for a machine. Weights are random, shapes are real with fewer layers and a smaller
+file count there, as they do for a machine. Our budget is all of the limit, where a process that holds a hundredth more
+is killed (docs/streaming.md). Weights are random, shapes are real with fewer layers and a smaller
 vocabulary, and both sides have the same numbers: one Q4_0 file, and what `moiety` packs from it. Routers are made so
 that every token draws its experts anew and each expert is as popular as the case says. Some cases have a slower disk,
 as many machines do: each process may then read so many bytes a second and no more (a cgroup again).
