@@ -294,7 +294,7 @@ def decode_rows(
     label: str, case: Case, config: ModelConfig, children: dict[str, Child], tiles: Path, quick: bool
 ) -> list[Row]:
     """Decoding: against llama.cpp, our own resident speed, and the bound for the bytes that had to be read."""
-    drawn, rounds = (8, 2) if quick else (16, 4)
+    drawn, rounds = (8, 2) if quick else (16, 8)
     expert_bytes = expert_stacks(tiles.parent).stacks[0].expert_bytes
     memory = torch.ones(1 << 30, dtype=torch.uint8)
     times: dict[str, list[float]] = {name: [] for name in children}
@@ -326,7 +326,7 @@ def decode_rows(
 
 def prefill_row(label: str, case: Case, children: dict[str, Child], quick: bool) -> Row:
     """One prompt, each time another."""
-    rounds, length = 1 if quick else 3, case.prefill
+    rounds, length = 1 if quick else 5, case.prefill
     times = {
         name: [child.job(f"prefill {length}")[0] for _ in range(rounds)] for name, child in children.items()
     }

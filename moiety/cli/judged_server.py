@@ -12,17 +12,10 @@ if TYPE_CHECKING:
     from moiety.infer.engine import Engine
     from moiety.infer.open import Opened
 
-__all__ = ["judge_server", "say_plan", "weigh"]
+__all__ = ["judge_server", "say_plan"]
 
 ENOUGH_STEPS = 8  # of one kind, to judge a speed by
 TOKENS = 512  # of a prompt, and of a sequence that draws, where nobody has asked yet
-
-
-def weigh() -> int:
-    """Bytes that this process holds once it could run a model."""
-    from moiety.infer.streaming import process_bytes
-
-    return process_bytes()
 
 
 def say_plan(opened: Opened, engine: Engine, beside_bytes: int) -> None:

@@ -140,6 +140,8 @@ def _load_server(plan: bool) -> int:
     Raises:
         DependencyError: some of it is not installed.
     """
-    before_bytes = judged_server.weigh() if plan else 0
+    from moiety.infer.streaming import process_bytes
+
+    before_bytes = process_bytes() if plan else 0
     need("moiety.serve.server", "serving", "moiety[serve]")
-    return judged_server.weigh() - before_bytes if plan else 0
+    return process_bytes() - before_bytes if plan else 0

@@ -6,11 +6,9 @@ besides is the difference between small models that differ in one size each, run
 
 from __future__ import annotations
 
-import ctypes
 import os
 import platform
 import random
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,21 +26,14 @@ from moiety.backends.cpu_memory import huge_slab
 from moiety.config import AttentionConfig, ModelConfig, MoEConfig
 from moiety.errors import DependencyError, StorageError
 from moiety.infer.measure import decoding, prefill, read_rate
+from moiety.infer.streaming import process_bytes
 from moiety.model.transformer import Transformer
 from moiety.moe.layer import MoE
 from moiety.moe.packed import PackedLinear
 from moiety.plan.profile import ROWS, VERSION, Figure, Profile
 from moiety.routing import Routing
 
-__all__ = [
-    "FORMATS",
-    "disk_rate",
-    "disk_rates",
-    "expert_seconds",
-    "linear_seconds",
-    "measure",
-    "resident_bytes",
-]
+__all__ = ["FORMATS", "disk_rate", "disk_rates", "expert_seconds", "linear_seconds", "measure"]
 
 FORMATS = ("fp32", "bf16", "int8-g32", "int4-g32", "mxfp4", "nf4-g64")
 QUICK_FORMATS = ("fp32", "int8-g32", "int4-g32")
@@ -55,17 +46,6 @@ BUFFER_BYTES = 1 << 28
 # Makes a model of packed random weights from a shape and formats.
 Make = Callable[[ModelConfig, str], Transformer]
 Say = Callable[[str], object]
-
-
-def resident_bytes() -> int:
-    """Memory that this process has resident and uses; 0 where the system does not say."""
-    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).malloc_trim(0)  # what was freed does not count
-    status = Path("/proc/self/status")
-    if not status.is_file():
-        return 0
-    lines = (line.split() for line in status.read_text().splitlines())
-    return next(int(words[1]) * 1024 for words in lines if words and words[0] == "VmRSS:")
 
 
 def _figure(values: Sequence[float]) -> Figure:
@@ -375,11 +355,11 @@ def measure(make: Make, folder: Path, say: Say, *, quick: bool = False) -> Profi
         )
     repeats, seconds = (3, 0.1) if quick else (7, 0.5)
     probes, plain = _Probes(make, repeats), _Probes(make, repeats, "fp32")
-    process_bytes = {}
+    held_bytes = {}
     for kind, some in (("packed", probes), ("plain", plain)):
         some.step(_shape())
         some.prompt(_shape(), 512)
-        process_bytes[kind] = resident_bytes()
+        held_bytes[kind] = process_bytes()
     busy = os.getloadavg()[0]
     if busy > 0.5:
         say(f"others are busy here (load {busy:.1f}): the figures will be too low and their bands wide")
@@ -404,7 +384,7 @@ def measure(make: Make, folder: Path, say: Say, *, quick: bool = False) -> Profi
         measured=datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),
         threads=torch.get_num_threads(),
         memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        process_bytes=process_bytes,
+        process_bytes=held_bytes,
         read_rate=read,
         disk=disk,
         disk_note=f"{folder}: {note}",

@@ -6,6 +6,8 @@ keys and values, the largest step) is counted first; the rest is slots for exper
 
 from __future__ import annotations
 
+import ctypes
+import platform
 import resource
 import sys
 from collections.abc import Callable, Sequence
@@ -85,11 +87,13 @@ class Budget:
 
 
 def process_bytes() -> int:
-    """Memory that this process holds now; outside of Linux the most that it ever held."""
-    if sys.platform == "linux":
-        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-        return pages * resource.getpagesize()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    """Memory that this process has resident and uses now; outside of Linux the most that it ever had."""
+    if sys.platform != "linux":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)  # what was freed does not count
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return pages * resource.getpagesize()
 
 
 def activation_bytes(config: ModelConfig, options: EngineOptions) -> int:

@@ -475,3 +475,34 @@ def test_the_variable_is_read_at_the_start() -> None:
             [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
         )
         assert done.stdout.split()[0] == asked
+
+
+KEEPING = """
+import ctypes, resource, torch
+from moiety.backends import cpu
+from moiety.formats import FORMATS
+from moiety.formats.tiles import pack
+
+ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # small pages alone
+matrix = cpu.Matrix(pack(torch.ones(1, 16, 1024), FORMATS["f32"]))
+
+def pages(x):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    cpu.grouped_linear(x, matrix, torch.tensor([len(x)]))
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) * resource.getpagesize()
+
+few, more, many = (torch.ones(rows, 1024) for rows in (2048, 4096, 16384))
+print(*(pages(x) >> 20 for x in (more, more, few, more, many, many, few)))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="how freed memory is given back is set for glibc")
+def test_an_operations_memory_is_kept_for_the_next_unless_it_is_large() -> None:
+    """Counted in pages that the system had to make, where malloc gives all that is freed back to it."""
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 20), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", KEEPING], env=environment, capture_output=True, text=True, check=True
+    )
+    first, again, fewer, back, large, once_more, after = (int(size) for size in done.stdout.split())
+    assert first >= 16 and large >= 64 and once_more >= 64, done.stdout  # MiB of rows in float32
+    assert max(again, fewer, back) == 0 and after >= 8, done.stdout

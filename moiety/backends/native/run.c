@@ -23,6 +23,7 @@
 #define TASK_BYTES (192 << 10) /* of weights: large enough to hide the queue, small enough to share evenly */
 #define PANEL 128              /* rows whose operands stay in the second cache while a task's weights pass */
 #define ALIGN 64
+#define KEPT_BYTES (32 << 20) /* what is larger goes back to the system when it is freed */
 
 enum failure { DONE, NO_MEMORY, NOT_THERE }; /* of the exported operations; the numbers are known to cpu.py */
 
@@ -132,7 +133,8 @@ void run_phases(const crew *who, void *job, const phase *phases, int64_t count) 
     }
 }
 
-/* Scratch memory, laid out by one cursor, first with a NULL base to count and then for use. */
+/* Scratch memory, laid out by one cursor, first with a NULL base to count and then for use. The last piece is kept for the
+ * next operation: pieces that come and go leave holes among what is in use, and a process grows by them. */
 
 typedef struct {
     char *base;
@@ -295,11 +297,21 @@ static int64_t bounds(const matrix *w, const int64_t *counts, const uint8_t *mas
     return found;
 }
 
+static void *_Atomic kept; /* its first bytes say how many follow the first ALIGN */
+
 /* After counting: the memory itself. 0 where there is none. */
 static int claim(cursor *at) {
-    at->base = aligned_alloc(ALIGN, at->used + ALIGN);
+    int64_t *found = atomic_exchange(&kept, NULL);
+    if (found && *found < at->used) free(found), found = NULL;
+    if (!found && (found = aligned_alloc(ALIGN, at->used + ALIGN))) *found = at->used;
+    at->base = found ? (char *)found + ALIGN : NULL;
     at->used = 0;
-    return at->base != NULL;
+    return found != NULL;
+}
+
+static void release(const cursor *at) {
+    int64_t *mine = (int64_t *)(at->base - ALIGN);
+    free(*mine > KEPT_BYTES ? mine : atomic_exchange(&kept, mine));
 }
 
 /* What the answers of pairs take beside `answers`. Rows of pairs that are not worked on are never touched. */
@@ -369,7 +381,7 @@ EXPORT int32_t moiety_grouped_linear(const matrix *w, const float *x, int64_t ro
         const phase phases[] = {{prepare_task, rows}, {up_task, j.first.busy_count * j.first.runs}};
         run_phases(who, &j, phases, 2);
     }
-    free(at.base);
+    release(&at);
     return j.first.busy_count < 0 ? NOT_THERE : DONE;
 }
 
@@ -390,7 +402,7 @@ EXPORT int32_t moiety_expert_rows(const matrix *up, const matrix *down, int32_t 
         const phase phases[] = {ROW_PHASES(j)};
         run_phases(who, &j, phases, 4);
     }
-    free(at.base);
+    release(&at);
     return failed;
 }
 
@@ -407,7 +419,7 @@ EXPORT int32_t moiety_combine(const float *answers, int64_t width, const int64_t
     plan_sum(&j);
     const phase phases[] = {{sum_task, tokens}};
     run_phases(who, &j, phases, 1);
-    free(at.base);
+    release(&at);
     return DONE;
 }
 
@@ -430,7 +442,7 @@ EXPORT int32_t moiety_experts(const matrix *up, const matrix *down, int32_t acti
         const phase phases[] = {ROW_PHASES(j), {sum_task, tokens}};
         run_phases(who, &j, phases, 5);
     }
-    free(at.base);
+    release(&at);
     return failed;
 }
 

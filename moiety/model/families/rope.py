@@ -29,8 +29,6 @@ KINDS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 # Hunyuan's alpha comes with keys of other kinds, which nothing reads.
 ALPHA = ("alpha", "factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
-# Our option to their key, where the names differ.
-OTHER_NAMES = {"original_positions": "original_max_position_embeddings"}
 
 
 def rope(
