@@ -26,7 +26,7 @@ __all__ = ["FileSize", "FunctionSize", "load", "main", "over_caps"]
 
 FUNCTION_LINES_MAX = 60
 FILE_LINES_MAX = 600
-PACKAGE_CODE_LINES_MAX = 43_860
+PACKAGE_CODE_LINES_MAX = 43_915
 SUFFIXES = (".c", ".css", ".h", ".html", ".js", ".py")
 LAYOUT_TOKENS = frozenset(
     {tokenize.COMMENT, tokenize.DEDENT, tokenize.ENDMARKER, tokenize.INDENT, tokenize.NEWLINE, tokenize.NL}

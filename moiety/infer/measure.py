@@ -162,7 +162,7 @@ def weights_of(model: Transformer) -> Weights:
             found = {number: _bytes_of(part) / len(numbers) for part, numbers in stacks for number in numbers}
             experts[layer] = tuple(found[number] for number in sorted(found))
     has_own_head = any(part.dim() > 1 for part in (model.head or nn.Module()).state_dict().values())
-    dense = _bytes_of(model) - (model.embed.weight.nbytes if has_own_head else 0)
+    dense = _bytes_of(model) - (_bytes_of(model.embed) if has_own_head else 0)
     held = 0 if store_of(model) else round(sum(map(sum, experts.values())))
     return Weights(dense - held, experts)
 

@@ -20,6 +20,7 @@ import torch
 from moiety.backends import cpu
 from moiety.config import ModelConfig
 from moiety.errors import BudgetError, DependencyError, UsageError
+from moiety.infer.embedding import leave_embedding
 from moiety.infer.engine import Engine
 from moiety.infer.offload import ExpertStore, silent, slot_bytes
 from moiety.infer.options import EngineOptions, StreamOptions
@@ -139,6 +140,36 @@ def load_streamed(
         FormatError, ConfigError, StorageError: as `checkpoint.load`.
     """
     engine = EngineOptions() if engine is None else engine
+    _check(folder)
+    with open_quantized(layout.checked_folder(folder), backend=backend) as opened:
+        model, file = opened.model, stacks_in(opened)
+        if not file.stacks:
+            raise UsageError(f"{folder} has no experts to stream", hint="load it without a memory budget")
+        streamed = {f"{stack.path}.tiles" for stack in file.stacks}
+        names = [name for name in opened.tiles.places if name.endswith(".tiles") and name not in streamed]
+        embedding, on_disk = model.embed, leave_embedding(opened, dtype)
+        state = plain_state(opened, dtype, on_disk) | {name: opened.tiles.read(name) for name in names}
+        missing, unexpected = model.load_state_dict(state, assign=True, strict=False)
+        assert set(missing) == streamed and not unexpected, (folder, missing, unexpected)
+        del state
+        budget = _budget(model, file, options.memory_bytes, engine)
+        weights = sum(stack.experts * stack.expert_bytes for stack in file.stacks)
+        fits = budget.rest_bytes >= weights + (model.embed.weight.nbytes if on_disk else 0)
+        if fits:
+            model.embed = embedding
+            mapped = {name: one for name, one in opened.tiles.mapped().items() if name in streamed}
+            rest = plain_state(opened, dtype, opened.plain.places.keys() - on_disk)
+            model.load_state_dict(mapped | rest, assign=True, strict=False)
+    model.requires_grad_(False).eval()
+    if fits:
+        say(f"all {budget.experts} experts fit into {options.memory}: nothing is streamed")
+    else:
+        _stream(model, file, budget, options, say)
+    return model
+
+
+def _check(folder: Path) -> None:
+    """Refuse what cannot be streamed, or not here."""
     if checkpoint.is_gguf(folder) or not checkpoint.is_packed(folder):
         raise UsageError(
             f"{folder} is not packed: its experts cannot be read one at a time",
@@ -149,28 +180,6 @@ def load_streamed(
             "streaming needs the compiled kernels, which are not here",
             hint="install a C compiler and the package again; `moiety doctor` says more",
         )
-    with open_quantized(layout.checked_folder(folder), backend=backend) as opened:
-        model, file = opened.model, stacks_in(opened)
-        if not file.stacks:
-            raise UsageError(f"{folder} has no experts to stream", hint="load it without a memory budget")
-        streamed = {f"{stack.path}.tiles" for stack in file.stacks}
-        names = [name for name in opened.tiles.places if name.endswith(".tiles") and name not in streamed]
-        state = plain_state(opened, dtype) | {name: opened.tiles.read(name) for name in names}
-        model.load_state_dict(state, assign=True, strict=False)
-        assert all(name in streamed for name, one in model.state_dict().items() if one.is_meta), folder
-        del state
-        budget = _budget(model, file, options.memory_bytes, engine)
-        weights = sum(stack.experts * stack.expert_bytes for stack in file.stacks)
-        fits = budget.rest_bytes >= weights
-        if fits:
-            mapped = {name: one for name, one in opened.tiles.mapped().items() if name in streamed}
-            model.load_state_dict(mapped, assign=True, strict=False)
-    model.requires_grad_(False).eval()
-    if fits:
-        say(f"all {budget.experts} experts fit into {options.memory}: nothing is streamed")
-    else:
-        _stream(model, file, budget, options, say)
-    return model
 
 
 def _budget(model: Transformer, file: ExpertFile, total_bytes: int, engine: EngineOptions) -> Budget:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import reprlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -134,10 +134,12 @@ def load_quantized(folder: Path, *, backend: str = "auto", dtype: torch.dtype | 
     return model.requires_grad_(False).eval()
 
 
-def plain_state(opened: OpenModel, dtype: torch.dtype | None) -> dict[str, Tensor]:
+def plain_state(
+    opened: OpenModel, dtype: torch.dtype | None, without: Collection[str] = ()
+) -> dict[str, Tensor]:
     """What is not packed, read into memory, as it is or in a dtype."""
     plain = opened.plain
-    return {name: _as(plain.read(name), name, dtype) for name in plain.places}
+    return {name: _as(plain.read(name), name, dtype) for name in plain.places if name not in without}
 
 
 def _objects(file: Path, said: Mapping[str, Any], key: str) -> dict[str, Any]:

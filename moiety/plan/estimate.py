@@ -142,7 +142,8 @@ def memory(
         batch: Sequences at a time.
         kv_dtype: Of keys and values.
         resident: Share of the routed experts that is in memory.
-        ours: In our engine: pages as of `kv_bytes`, and rows that are dispatched without a copy.
+        ours: In our engine: pages as of `kv_bytes`, rows that are dispatched without a copy, and the embedding on disk
+            where experts are.
         profile: Measured figures of it; None assumes.
         devices: On each of which a process takes that.
     """
@@ -151,7 +152,9 @@ def memory(
     if profile is not None:
         runtime = profile.process_bytes["plain" if stored.is_plain else "packed"]
     return Memory(
-        weights=stored.size_bytes - round((1 - resident) * stored.expert_bytes),
+        weights=stored.size_bytes
+        - round((1 - resident) * stored.expert_bytes)
+        - ours * (resident < 1) * stored.looked_up_bytes,
         kv=kv_bytes(config, context, kv_dtype, batch=batch, paged=ours),
         activations=sum(activations(config, step, batch, copies=2 - ours).values()) + ours * GROWTH_BYTES,
         runtime=round(runtime) * devices,

@@ -114,7 +114,8 @@ def layouts(
             share = 1.0
             if needed(1.0).total > memory_bytes and config.moe is not None:
                 share = (memory_bytes - needed(0.0).total) / stored.expert_bytes
-                share = int(max(share, 0.0) * _total(config)) / _total(config)  # whole experts
+                whole = int(max(share, 0.0) * _total(config))
+                share = min(whole, _total(config) - 1) / _total(config)  # without the embedding all may fit
             fits = share >= least and needed(share).total <= memory_bytes
             mine = replace(setting, kv_dtype=kv_dtype, resident=share if fits else least)
             found.append(

@@ -90,6 +90,12 @@ class Stored:
         return sum(part.size_bytes for part in self.parts if part.kind == "experts")
 
     @property
+    def looked_up_bytes(self) -> int:
+        """Of the embedding, if it is not the head too."""
+        sizes = {part.kind: part.size_bytes for part in self.parts}
+        return sizes["embedding"] if sizes.get("head") else 0
+
+    @property
     def is_plain(self) -> bool:
         """Nothing is packed."""
         return all(part.form in PLAIN for part in self.parts)

@@ -496,7 +496,9 @@ print(*(pages(x) >> 20 for x in (more, more, few, more, many, many, few)))
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="how freed memory is given back is set for glibc")
+@pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc", reason="how freed memory is given back is set for glibc"
+)
 def test_an_operations_memory_is_kept_for_the_next_unless_it_is_large() -> None:
     """Counted in pages that the system had to make, where malloc gives all that is freed back to it."""
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 20), "PYTHONPATH": str(ROOT)}

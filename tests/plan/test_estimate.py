@@ -86,6 +86,22 @@ def test_memory_is_the_sum_of_its_uses() -> None:
     assert found.total == found.weights + found.kv + found.activations + found.runtime
 
 
+def test_our_engine_leaves_the_embedding_on_disk_where_experts_are() -> None:
+    def weights(name: str, share: float, *, ours: bool) -> int:
+        config = decoder(name)
+        stored = stored_as(config, "int4-g32")
+        return memory(config, stored, DEVICES["l4"], context=9, resident=share, ours=ours).weights
+
+    olmoe = decoder("olmoe-1b-7b")
+    table, experts = 2 * olmoe.vocab_size * olmoe.d_model, stored_as(olmoe, "int4-g32").expert_bytes
+    assert weights("olmoe-1b-7b", 1.0, ours=True) == weights("olmoe-1b-7b", 1.0, ours=False)
+    assert weights("olmoe-1b-7b", 0.5, ours=False) - weights("olmoe-1b-7b", 0.5, ours=True) == table
+    assert (
+        weights("olmoe-1b-7b", 1.0, ours=True) - weights("olmoe-1b-7b", 0.5, ours=True)
+        == table + experts // 2
+    )
+
+
 def test_dispatch_buffers_grow_with_tokens_and_k() -> None:
     config = decoder("deepseek-v3")
     one, ten = activations(config, 1), activations(config, 10)

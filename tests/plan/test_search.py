@@ -87,6 +87,19 @@ def test_our_engine_counts_whole_pages_and_its_own_process() -> None:
     assert one.memory.runtime == 250 * 10**6 and one.memory.kv == 4096 * 131_072
 
 
+def test_without_the_embedding_nearly_all_may_fit() -> None:
+    machine, stored = Machine(device=DEVICES["l4"]), FORMS[2]
+
+    def one(size_bytes: float) -> Layout:
+        return layouts(MIXTRAL, [stored], machine, Setting(), size_bytes, context=100, ours=True)[0]
+
+    whole = one(1e12).memory.total
+    assert one(whole).setting.resident == 1.0 and one(whole).fits
+    nearly = one(whole - stored.looked_up_bytes / 2)
+    assert nearly.fits and nearly.setting.resident == 1 - 1 / 256
+    assert nearly.memory.weights < one(whole).memory.weights - stored.looked_up_bytes
+
+
 def test_flags_of_other_programs() -> None:
     def said(device: str, share: float, devices: int = 1, **changes: object) -> dict[str, str]:
         setting = Setting(resident=share, **changes)  # type: ignore[arg-type]
